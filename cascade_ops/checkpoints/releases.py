@@ -1,0 +1,38 @@
+"""What the known releases are called, and what their shapes cannot say.
+
+Numbers from the published checkpoints and from the configurations of the reference repository
+(Stability-AI/StableCascade, ``configs/inference``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Blocks of the 3.6B Stage C that the published canny, inpainting and super-resolution ControlNets steer.
+PUBLISHED_PROJ_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
+SCALE_FACTOR = 0.43
+DIFFUSERS_SCALE_FACTOR = 0.3764  # of the `vqgan` folder of the diffusers release
+
+SAMPLING_DEFAULTS = {
+    "stage_c": {"width": 1024, "height": 1024, "guidance": 4.0, "steps": 20, "shift": 2.0},
+    "stage_b": {"guidance": 1.1, "steps": 10, "shift": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published model: its size name, its place among those of its stage (0 = full size), and its own arguments."""
+
+    size: str
+    rank: int = 0
+    config: dict = field(default_factory=dict)
+
+
+# (stage, parameters) of every published model.
+RELEASES = {
+    ("stage_c", 3_589_103_632): Release("3.6B"),
+    ("stage_c", 1_030_785_040): Release("1B lite", 1),
+    ("stage_b", 1_562_941_136): Release("1.5B"),
+    # The reference gives level 1 nine heads and no attention to use them.
+    ("stage_b", 699_471_248): Release("700M lite", 1, {"nhead": [-1, 9, 18, 18]}),
+}

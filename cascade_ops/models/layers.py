@@ -1,0 +1,190 @@
+"""The blocks that Stage B and Stage C are made of.
+
+Activations are channels-last throughout: ``[B, H, W, C]`` contiguous. Layer norms, linears and attention read that
+layout as it is, and a convolution sees it as a channels-last image through a view, so no block copies to transpose.
+
+Architecture: Pernias et al., "Würstchen: An Efficient Architecture for Large-Scale Text-to-Image Diffusion Models"
+(2023), in the form released as Stable Cascade. Global response norm: Woo et al., "ConvNeXt V2" (2023).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Normalise the last axis without learned scale or shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Apply a 1x1 convolution's weights to a channels-last tensor ``[B, H, W, C_in]``."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def as_image(x: Tensor) -> Tensor:
+    """View ``[B, H, W, C]`` as ``[B, C, H, W]`` in channels-last memory."""
+    return x.permute(0, 3, 1, 2)
+
+
+def as_channels_last(x: Tensor) -> Tensor:
+    """View ``[B, C, H, W]`` as contiguous ``[B, H, W, C]``; copies only where the memory is not channels-last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``[B, H, W, C]`` to ``size`` = (height, width), bilinear with aligned corners as in the release."""
+    return as_channels_last(F.interpolate(as_image(x), size=size, mode="bilinear", align_corners=True))
+
+
+def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Tensor:
+    """Sinusoidal embedding of a noise level.
+
+    Args:
+        r: noise condition, 0 (clean) to 1 (noise), any shape, used in float32 whatever the weights are.
+        width: length of the embedding.
+
+    Returns:
+        ``[*r.shape, width]`` float32: sines, then cosines, then a zero if ``width`` is odd.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=r.device).float() * (-math.log(max_positions) / (half - 1)))
+    angles = r.float()[..., None] * max_positions * frequencies
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return F.pad(embedding, (0, width % 2))
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scale each channel by its share of the response of the whole picture; input and output ``[B, H, W, C]``."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The sum of squares over a picture leaves float16's range long before a single activation does.
+        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        share = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return torch.addcmul(self.beta, x, 1 + self.gamma * share)
+
+
+def channelwise_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
+    """The per-pixel MLP with global response norm; ``c_in`` to ``4 c`` to ``c`` channels."""
+    return nn.Sequential(
+        nn.Linear(c_in, c * 4), nn.GELU(), GlobalResponseNorm(c * 4), nn.Dropout(dropout), nn.Linear(c * 4, c)
+    )
+
+
+class ResBlock(nn.Module):
+    """Depthwise convolution, layer norm, MLP, residual; a skip tensor joins before the MLP."""
+
+    def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.channelwise = channelwise_mlp(c + c_skip, c, dropout)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        hidden = layer_norm(as_channels_last(self.depthwise(as_image(x))))
+        if skip is not None:
+            hidden = torch.cat([hidden, skip], dim=-1)
+        return x + self.channelwise(hidden)
+
+
+class FeedForwardBlock(nn.Module):
+    """Layer norm, MLP, residual."""
+
+    def __init__(self, c: int, dropout: float = 0.0):
+        super().__init__()
+        self.channelwise = channelwise_mlp(c, c, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.channelwise(layer_norm(x))
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift the channels by the noise level and the size conditions (``sca``, ``crp``)."""
+
+    def __init__(self, c: int, c_timestep: int, conds: list[str]):
+        super().__init__()
+        self.conds = list(conds)
+        self.mapper = nn.Linear(c_timestep, c * 2)
+        for cond in self.conds:
+            setattr(self, f"mapper_{cond}", nn.Linear(c_timestep, c * 2))
+
+    def prepare(self, embeddings: list[Tensor]) -> Tensor:
+        """Map the embeddings ``[S, N or 1, c_timestep]`` of noise level and conditions to ``[S, N or 1, 1, 1, 2 c]``.
+
+        The first half of the last axis is the scale with its 1 already added, the second half the shift.
+        """
+        mappers = [self.mapper, *(getattr(self, f"mapper_{cond}") for cond in self.conds)]
+        modulation = sum(
+            mapper(embedding.to(mapper.weight.dtype))
+            for mapper, embedding in zip(mappers, embeddings, strict=True)
+        )
+        scale, shift = modulation.chunk(2, dim=-1)
+        return torch.cat([1 + scale, shift], dim=-1)[:, :, None, None, :]
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Apply one step's modulation ``[N or 1, 1, 1, 2 c]`` to ``[B, H, W, c]``."""
+        scale, shift = modulation.chunk(2, dim=-1)
+        return torch.addcmul(shift, x, scale)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over packed projections, with the keys and values of the conditions given ready-made."""
+
+    def __init__(self, c: int, nhead: int, dropout: float = 0.0):
+        super().__init__()
+        if nhead < 1 or c % nhead:
+            raise ValueError(f"{nhead} attention heads do not divide {c} channels; give a divisor of the width.")
+        self.nhead = nhead
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * c, c))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * c))
+        self.out_proj = nn.Linear(c, c)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def project(self, tokens: Tensor, parts: slice) -> Tensor:
+        """Project ``[N, T, c]`` with some thirds (0 query, 1 key, 2 value) of the packed weights."""
+        c = tokens.shape[-1]
+        rows = slice(parts.start * c, parts.stop * c)
+        return F.linear(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
+    def forward(self, tokens: Tensor, key_value: Tensor, self_attn: bool) -> Tensor:
+        """Attend from ``[B, L, c]`` to the prepared ``[B or 1, T, 2 c]`` and, if ``self_attn``, to the tokens too."""
+        batch, length, c = tokens.shape
+        key_value = key_value.expand(batch, -1, -1)
+        if self_attn:
+            query, own = self.project(tokens, slice(0, 3)).split([c, 2 * c], dim=-1)
+            key_value = torch.cat([own, key_value], dim=1)
+        else:
+            query = self.project(tokens, slice(0, 1))
+        query = query.view(batch, length, self.nhead, -1).transpose(1, 2)
+        key, value = key_value.view(batch, -1, 2, self.nhead, c // self.nhead).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, c))
+
+
+class AttnBlock(nn.Module):
+    """Layer norm, attention to the picture's own tokens and the conditions, residual."""
+
+    def __init__(self, c: int, c_cond: int, nhead: int, self_attn: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.self_attn = self_attn
+        # Published tensor names have the extra `attn` level.
+        self.attention = nn.ModuleDict({"attn": Attention(c, nhead, dropout)})
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
+
+    def prepare(self, condition: Tensor) -> Tensor:
+        """Keys and values ``[N, T, 2 c]`` of the condition tokens ``[N, T, c_cond]``."""
+        return self.attention["attn"].project(self.kv_mapper(condition), slice(1, 3))
+
+    def forward(self, x: Tensor, key_value: Tensor) -> Tensor:
+        tokens = layer_norm(x).flatten(1, 2)
+        return x + self.attention["attn"](tokens, key_value, self.self_attn).view_as(x)

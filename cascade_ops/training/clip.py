@@ -1,0 +1,221 @@
+"""Train a small pair of CLIP towers: the text tower by what it must make readable, the image tower against it.
+
+A text encoder for Stage C is read in two places: the token states before the last normalisation (cross-attention) and
+the projected pooled state. The text objective therefore asks linear heads to read every attribute of a caption from
+both, so that nothing a caption says is lost on the way; the token states are kept at zero mean and unit variance. The
+image tower then learns the contrastive objective of Radford et al. 2021 (arXiv:2103.00020, figure 3) against the
+frozen text tower, helped by the same kind of heads.
+
+Nothing here knows what the attributes are: a target is a dict from an attribute's name to class indices [B].
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Targets = dict[str, Tensor]
+
+
+class AttributeHeads(nn.Module):
+    """One linear classifier per attribute on the same features.
+
+    `classes` maps the name of an attribute to its number of classes; one matrix product serves all of them.
+    """
+
+    def __init__(self, width: int, classes: dict[str, int]):
+        super().__init__()
+        self.classes = dict(classes)
+        self.linear = nn.Linear(width, sum(classes.values()))
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Features [B, width] -> logits [B, classes] by attribute."""
+        parts = self.linear(features).split(list(self.classes.values()), dim=-1)
+        return dict(zip(self.classes, parts, strict=True))
+
+    def loss(self, features: Tensor, targets: Targets) -> Tensor:
+        """The mean cross-entropy over the attributes."""
+        logits = self(features)
+        return torch.stack([F.cross_entropy(logits[name], targets[name]) for name in self.classes]).mean()
+
+    @torch.no_grad()
+    def accuracy(self, features: Tensor, targets: Targets) -> dict[str, float]:
+        """The share of right answers by attribute, and under `all` the share of samples with every answer right."""
+        right = {name: logits.argmax(-1) == targets[name] for name, logits in self(features).items()}
+        right["all"] = torch.stack(list(right.values())).all(dim=0)
+        return {name: float(values.float().mean()) for name, values in right.items()}
+
+
+def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """The symmetric InfoNCE loss of CLIP: row i of both [B, width] belongs together; `logit_scale` is a logarithm."""
+    logits = logit_scale.clamp(max=math.log(100)).exp() * normalised(image_embeds) @ normalised(text_embeds).T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, group: int = 256) -> float:
+    """The share of captions [N, width] whose own image [N, width] is the nearest among the `group` of their chunk."""
+    hits = total = 0
+    for images, texts in zip(image_embeds.split(group), text_embeds.split(group), strict=True):
+        if len(images) == group:
+            nearest = (normalised(texts) @ normalised(images).T).argmax(dim=1)
+            hits += int((nearest == torch.arange(group, device=nearest.device)).sum())
+            total += group
+    if not total:
+        raise ValueError(f"retrieval was given {len(image_embeds)} pairs, expected at least {group}: pass more pairs.")
+    return hits / total
+
+
+def normalised(embeds: Tensor) -> Tensor:
+    return F.normalize(embeds, dim=-1)
+
+
+def scale_penalty(states: Tensor) -> Tensor:
+    """How far the channels of states [N, width] are from zero mean and unit variance over N."""
+    return states.mean(dim=0).square().mean() + (states.var(dim=0) - 1).square().mean()
+
+
+class TextObjective(nn.Module):
+    """The text tower with the heads that read it; only `model` is kept after training.
+
+    `order_free` classes are read from the projected pooled state, `in_order` classes (attributes in the order of
+    mention) from the mean token state and from the states at and after the end token.
+    """
+
+    def __init__(self, model: nn.Module, order_free: dict[str, int], in_order: dict[str, int]):
+        super().__init__()
+        width, projection = model.config.hidden_size, model.config.projection_dim
+        self.model = model
+        self.pooled_heads = AttributeHeads(projection, order_free)
+        self.mean_heads = AttributeHeads(width, in_order)
+        self.end_heads = AttributeHeads(width, in_order)
+
+    def read(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and mask [B, T] -> pooled [B, projection], mean state and state of the last column [B, width].
+
+        The end token pads a row to T, and the last column is one of these or the end itself. Padding shares the end
+        token's task, so that states past the end, which Stage C attends to as well, mean something.
+        """
+        output = self.model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+        states = output.hidden_states[-1]
+        weights = mask[..., None].to(states.dtype)
+        mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
+        self._penalty = scale_penalty(torch.cat([states[mask.bool()], states[:, -1]]))
+        return output.text_embeds, mean, states[:, -1]
+
+    def loss(self, ids: Tensor, mask: Tensor, positions: Tensor | None, order_free: Targets, in_order: Targets):
+        pooled, mean, end = self.read(ids, mask, positions)
+        heads = self.pooled_heads.loss(pooled, order_free)
+        heads = heads + self.mean_heads.loss(mean, in_order) + self.end_heads.loss(end, in_order)
+        return heads + 0.05 * self._penalty + 0.01 * scale_penalty(pooled)
+
+
+class ImageObjective(nn.Module):
+    """The image tower, the projection of text embeddings into its space, and heads that read its embedding."""
+
+    def __init__(self, model: nn.Module, text_width: int, classes: dict[str, int]):
+        super().__init__()
+        width = model.config.projection_dim
+        self.model = model
+        self.text_to_image_projection = nn.Linear(text_width, width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.heads = AttributeHeads(width, classes)
+
+    def loss(self, pixels: Tensor, text_embeds: Tensor, targets: Targets) -> Tensor:
+        """Normalised pixels [B, 3, H, W], text embeddings [B, text_width] and attributes -> scalar."""
+        embeds = self.model(pixels).image_embeds
+        contrast = contrastive_loss(embeds, self.text_to_image_projection(text_embeds), self.logit_scale)
+        return contrast + self.heads.loss(embeds, targets) + 0.01 * scale_penalty(embeds)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with a linear warm-up and a cosine to zero over `steps` optimiser steps."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def fit(
+    module: nn.Module,
+    loss_of_step: Callable[[int], Tensor],
+    schedule: Schedule,
+    *,
+    checkpoint: Path | None = None,
+    every: int = 250,
+    report: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train the parameters of `module` on `loss_of_step(step)`, from the checkpoint on where there is one.
+
+    `loss_of_step` must draw its batch from the step's number alone, so that a resumed run sees what an unbroken one
+    sees. `report(steps done, mean loss since the last report)` is called every `every` steps and at the end.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    start = load_training_state(checkpoint, module, optimiser) if checkpoint and checkpoint.exists() else 0
+    module.train()
+    losses: list[float] = []
+    for step in range(start, schedule.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate(step)
+        loss = loss_of_step(step)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        optimiser.step()
+        losses.append(loss.item())
+        done = step + 1
+        if done % every == 0 or done == schedule.steps:
+            if checkpoint:
+                save_training_state(checkpoint, module, optimiser, done)
+            if report:
+                report(done, sum(losses) / len(losses))
+            losses.clear()
+    module.eval()
+
+
+def save_training_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
+    """Write parameters, buffers and the optimiser's tensors to one safetensors file, atomically."""
+    tensors = {f"module.{name}": value.contiguous() for name, value in module.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"step": str(step)})
+    os.replace(partial, path)
+
+
+def load_training_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """Restore what `save_training_state` wrote and return the number of steps done."""
+    state: dict[int, dict[str, Tensor]] = {}
+    weights: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            kind, name = key.split(".", 1)
+            if kind == "module":
+                weights[name] = file.get_tensor(key)
+            else:
+                index, field = name.split(".", 1)
+                state.setdefault(int(index), {})[field] = file.get_tensor(key)
+    module.load_state_dict(weights)
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    return step
