@@ -48,14 +48,33 @@ def _no_negative(stage: str) -> ValueError:
 Forward = Callable[[Tensor, Prepared, int, int], Tensor]  # x, prepared, step index, how many halves x holds
 
 
-def _predictor(forward: Forward, cond: Prepared, uncond: Prepared | None, both: Prepared | None) -> Predict:
+def _one_half(forward: Forward, cond: Prepared) -> Predict:
+    """Never guided."""
+
+    def predict(x: Tensor, index: int, guided: bool) -> tuple[Tensor, Tensor | None]:
+        return forward(x, cond, index, 1), None
+
+    return predict
+
+
+def _joined_halves(forward: Forward, both: Prepared, batch: int) -> Predict:
+    """Both halves in one pass when guided; `both` holds the conditional half first."""
+    cond = both.narrow(0, batch)
+
     def predict(x: Tensor, index: int, guided: bool) -> tuple[Tensor, Tensor | None]:
         if not guided:
             return forward(x, cond, index, 1), None
-        if both is not None:
-            cond_half, uncond_half = forward(torch.cat([x, x]), both, index, 2).chunk(2)
-            return cond_half, uncond_half
-        return forward(x, cond, index, 1), forward(x, uncond, index, 1)
+        cond_half, uncond_half = forward(torch.cat([x, x]), both, index, 2).chunk(2)
+        return cond_half, uncond_half
+
+    return predict
+
+
+def _separate_halves(forward: Forward, cond: Prepared, uncond: Prepared) -> Predict:
+    """One pass per half."""
+
+    def predict(x: Tensor, index: int, guided: bool) -> tuple[Tensor, Tensor | None]:
+        return forward(x, cond, index, 1), forward(x, uncond, index, 1) if guided else None
 
     return predict
 
@@ -80,8 +99,6 @@ class StageCDenoiser:
 
     def prepare(self, noise_cond: Tensor, shape: Sequence[int], guided: bool) -> Predict:
         """See `diffusion.Denoiser`; ValueError when a condition does not fit the batch or a negative is missing."""
-        if guided and self.uncond is None:
-            raise _no_negative("Stage C")
         batch = shape[0]
         controls = {halves: self._control(batch, halves, noise_cond.device) for halves in ((1, 2) if guided else (1,))}
 
@@ -93,15 +110,16 @@ class StageCDenoiser:
             image = self.cond.hidden.new_zeros(1, 1, self.model.clip_img_mapper.in_features)
         cond = self._embeddings("prompt", self.cond, image, batch, noise_cond.device)
         if not guided:
-            return _predictor(forward, self.model.prepare(noise_cond, *cond), None, None)
+            return _one_half(forward, self.model.prepare(noise_cond, *cond))
+        if self.uncond is None:
+            raise _no_negative("Stage C")
         uncond_image = torch.zeros_like(image) if self.uncond_image is None else self.uncond_image
         uncond = self._embeddings("negative prompt", self.uncond, uncond_image, batch, noise_cond.device)
         if all(ours.shape == theirs.shape for ours, theirs in zip(cond, uncond, strict=True)):
             pairs = (torch.cat([ours, theirs.to(ours.dtype)]) for ours, theirs in zip(cond, uncond, strict=True))
-            both = self.model.prepare(noise_cond, *pairs)
-            return _predictor(forward, both.narrow(0, batch), None, both)
-        halves = self.model.prepare(noise_cond, *cond), self.model.prepare(noise_cond, *uncond)
-        return _predictor(forward, *halves, None)
+            return _joined_halves(forward, self.model.prepare(noise_cond, *pairs), batch)
+        halves = (self.model.prepare(noise_cond, *half) for half in (cond, uncond))
+        return _separate_halves(forward, *halves)
 
     @staticmethod
     def _embeddings(
@@ -139,8 +157,6 @@ class StageBDenoiser:
 
     def prepare(self, noise_cond: Tensor, shape: Sequence[int], guided: bool) -> Predict:
         """See `diffusion.Denoiser`; ValueError when a condition does not fit the batch or a negative is missing."""
-        if guided and self.uncond_pooled is None:
-            raise _no_negative("Stage B")
         batch, size, device = shape[0], (shape[2], shape[3]), noise_cond.device
 
         def forward(x: Tensor, prepared: Prepared, index: int, halves: int) -> Tensor:
@@ -149,8 +165,10 @@ class StageBDenoiser:
         latent = _for_batch("Stage C latent", self.latent, batch, 4, device)
         pooled = _for_batch("pooled prompt", self.pooled, batch, 3, device)
         if not guided:
-            return _predictor(forward, self.model.prepare(noise_cond, latent, pooled, size), None, None)
+            return _one_half(forward, self.model.prepare(noise_cond, latent, pooled, size))
+        if self.uncond_pooled is None:
+            raise _no_negative("Stage B")
         latents = torch.cat([latent, torch.zeros_like(latent)])
         uncond_pooled = _for_batch("pooled negative prompt", self.uncond_pooled, batch, 3, device)
         both = self.model.prepare(noise_cond, latents, torch.cat([pooled, uncond_pooled.to(pooled.dtype)]), size)
-        return _predictor(forward, both.narrow(0, batch), None, both)
+        return _joined_halves(forward, both, batch)

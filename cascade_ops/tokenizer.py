@@ -83,7 +83,8 @@ def pad_tokens(ids: Sequence[int], length: int = SEQUENCE_LENGTH) -> tuple[list[
 
 @lru_cache(maxsize=1)
 def _read_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    merges = [tuple(line.split(" ")) for line in gzip.decompress(_DATA_FILE.read_bytes()).decode().splitlines()]
+    lines = gzip.decompress(_DATA_FILE.read_bytes()).decode().splitlines()
+    merges = [(first, second) for first, second in (line.split(" ") for line in lines)]
     # Bytes are written as printable characters: those that are printable in Latin-1 as themselves and first,
     # the others as U+0100 and up.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -8,7 +8,7 @@ STAGE_TITLES = {
     "stage_a": "Stage A",
     "stage_b": "Stage B",
     "stage_c": "Stage C",
-    "latent_encoder": "latent encoder (EfficientNet)",
+    "latent_encoder": "latent encoder",
     "previewer": "previewer",
     "controlnet": "ControlNet",
     "text_encoder": "text encoder",

@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: ``dtype`` in the format's words, byte range ``start`` to ``end`` from the file's beginning."""
+    """One tensor in a file: ``dtype`` in the format's words, bytes ``start`` to ``end`` from the file's beginning."""
 
     file: Path
     name: str
@@ -120,7 +120,7 @@ def _not_safetensors(path: Path, start: bytes) -> str:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         return f"{shown(path)} is empty, expected a safetensors file: download it again."
-    if is_pickle(start):
+    if _is_pickle(start):
         return (
             f"{shown(path)} is a PyTorch pickle, which can run code when it is opened, expected safetensors: "
             "if you trust its source, open it with torch (weights_only=True) and write it with "
@@ -144,6 +144,6 @@ def _not_safetensors(path: Path, start: bytes) -> str:
     )
 
 
-def is_pickle(start: bytes) -> bool:
+def _is_pickle(start: bytes) -> bool:
     """Whether the first bytes of a file are those of a torch zip archive or of a pickle with protocol 2 to 5."""
     return start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and 2 <= int.from_bytes(start[1:2], "little") <= 5)

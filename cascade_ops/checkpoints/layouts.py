@@ -22,6 +22,8 @@ WRAPPERS = ("state_dict.", "module.", "_orig_mod.")
 _NETWORK_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _SPLIT_QKV = re.compile(r"^(.*\.attention\.)(?:attn\.)?to_([qkv])\.(weight|bias)$")
 _SPLIT_OUT = re.compile(r"^(.*\.attention\.)(?:attn\.)?to_out\.0\.(weight|bias)$")
+# Part of CLIP's contrastive loss and of no encoder; the second is what the tiny family's file keeps to be measured by.
+_CLIP_TRAINING = ("logit_scale", "text_to_image_projection.weight")
 _LORA_MARKS = (".lora_down", ".lora_up", ".lora_A", ".lora_B", ".hada_w", ".lokr_w", ".oft_", ".dora_scale")
 
 
@@ -184,12 +186,12 @@ def _network(stage: str, tensors: dict[str, Entry]) -> tuple[str, Recipes]:
 
 
 def _clip(tensors: dict[str, Entry]) -> Recipes:
-    """A CLIP text or image encoder under transformers' names, without what transformers computes itself."""
+    """A CLIP text or image encoder under transformers' names, without what it computes itself or only trains with."""
     recipes: Recipes = {}
     for name, entry in tensors.items():
         for prefix in ("clip_g.", "clip_l.", "transformer."):
             name = name.removeprefix(prefix)
-        if name == "logit_scale" or name.endswith("embeddings.position_ids"):
+        if name in _CLIP_TRAINING or name.endswith("embeddings.position_ids"):
             continue
         if name == "text_projection":  # OpenCLIP stores it as the matrix that multiplies from the right
             recipes.setdefault("text_projection.weight", Recipe((entry,), transpose=True))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# Blocks of the 3.6B Stage C that the published canny, inpainting and super-resolution ControlNets steer.
-PUBLISHED_PROJ_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
 SCALE_FACTOR = 0.43
 DIFFUSERS_SCALE_FACTOR = 0.3764  # of the `vqgan` folder of the diffusers release
 
@@ -35,4 +33,13 @@ RELEASES = {
     ("stage_b", 1_562_941_136): Release("1.5B"),
     # The reference gives level 1 nine heads and no attention to use them.
     ("stage_b", 699_471_248): Release("700M lite", 1, {"nhead": [-1, 9, 18, 18]}),
+    ("stage_a", 18_406_894): Release("18M"),
+    ("latent_encoder", 20_197_968): Release("20M"),
+    ("previewer", 3_979_651): Release("4M"),
+    ("controlnet", 54_255_776): Release("canny"),
+    ("controlnet", 54_256_424): Release("inpainting"),
+    ("controlnet", 203_491_584): Release("super resolution"),
+    ("controlnet", 102_763_008): Release("identity"),
+    ("text_encoder", 694_659_840): Release("ViT-bigG/14"),
+    ("image_encoder", 303_966_208): Release("ViT-L/14"),
 }

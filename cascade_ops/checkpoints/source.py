@@ -74,9 +74,9 @@ def _weights_in(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if len(found) > 1:
-        names = ", ".join(file.name for file in found[:4])
+        examples = ", ".join(file.name for file in found[:4])
         raise CheckpointError(
-            f"The folder {folder.name} holds {len(found)} safetensors files ({names}) and none has a usual name, "
+            f"The folder {folder.name} holds {len(found)} safetensors files ({examples}) and none has a usual name, "
             "expected one model: give the path of the file itself."
         )
     parts = sorted(part.name for part in folder.iterdir() if part.is_dir() and any(part.glob("*.safetensors*")))

@@ -85,11 +85,15 @@ def euler_ancestral(step: Step, draw: Draw) -> Tensor:
 
 
 def _extrapolated(step: Step) -> Tensor:
-    """The clean latent in the middle of the step, extrapolated from this and the previous prediction."""
+    """The clean latent in the middle of the step, extrapolated from this and the previous prediction.
+
+    Never further than after a step of equal length: the cosine schedule's last step is several times as long in
+    lambda as the one before, and the full extrapolation would be worse there than none.
+    """
     if step.previous is None or not step.previous.log_snr < step.log_snr:
         return step.x0  # the first step, or a clamped end of the schedule, where two levels are equal
     ratio = (step.next_log_snr - step.log_snr) / (step.log_snr - step.previous.log_snr)
-    return step.x0 + 0.5 * ratio * (step.x0 - step.previous.x0)
+    return step.x0 + 0.5 * ratio.clamp(max=1) * (step.x0 - step.previous.x0)
 
 
 def dpmpp_2m(step: Step, draw: Draw) -> Tensor:

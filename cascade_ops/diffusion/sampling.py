@@ -171,5 +171,7 @@ def _held(clean: Tensor | None, mask: Tensor | None, x: Tensor, draw: Callable[[
             f"The latent to hold has the shape {tuple(clean.shape)}, expected {tuple(x.shape)}: encode the picture at "
             "the size that is sampled."
         )
-    clean = clean.to(x.device, torch.float32).expand_as(x)
-    return HeldLatent(clean, fit_mask(mask, x.shape).to(x.device), draw())
+    mask = fit_mask(mask, x.shape)
+    if mask.min() == 1:
+        return None  # nothing is held: the same run as without a mask, to the last bit
+    return HeldLatent(clean.to(x.device, torch.float32).expand_as(x), mask.to(x.device), draw())

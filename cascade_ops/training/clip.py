@@ -99,24 +99,29 @@ class TextObjective(nn.Module):
         self.mean_heads = AttributeHeads(width, in_order)
         self.end_heads = AttributeHeads(width, in_order)
 
-    def read(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and mask [B, T] -> pooled [B, projection], mean state and state of the last column [B, width].
+    def read(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, T] -> pooled [B, projection] and token states [B, T, width].
 
-        The end token pads a row to T, and the last column is one of these or the end itself. Padding shares the end
-        token's task, so that states past the end, which Stage C attends to as well, mean something.
+        The last column of every row must hold the end token or padding, which is the end token again: it shares the
+        end token's task, so that states past the end, which Stage C attends to as well, mean something.
         """
         output = self.model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
-        states = output.hidden_states[-1]
-        weights = mask[..., None].to(states.dtype)
-        mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
-        self._penalty = scale_penalty(torch.cat([states[mask.bool()], states[:, -1]]))
-        return output.text_embeds, mean, states[:, -1]
+        return output.text_embeds, output.hidden_states[-1]
 
     def loss(self, ids: Tensor, mask: Tensor, positions: Tensor | None, order_free: Targets, in_order: Targets):
-        pooled, mean, end = self.read(ids, mask, positions)
+        """Tokens as for `read`, class indices [B] by attribute -> scalar."""
+        pooled, states = self.read(ids, mask, positions)
+        used = torch.cat([states[mask.bool()], states[:, -1]])
         heads = self.pooled_heads.loss(pooled, order_free)
-        heads = heads + self.mean_heads.loss(mean, in_order) + self.end_heads.loss(end, in_order)
-        return heads + 0.05 * self._penalty + 0.01 * scale_penalty(pooled)
+        heads = heads + self.mean_heads.loss(mean_state(states, mask), in_order)
+        heads = heads + self.end_heads.loss(states[:, -1], in_order)
+        return heads + 0.05 * scale_penalty(used) + 0.01 * scale_penalty(pooled)
+
+
+def mean_state(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean [B, width] of the states [B, T, width] that the mask [B, T] keeps."""
+    weights = mask[..., None].to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 class ImageObjective(nn.Module):

@@ -1,0 +1,62 @@
+"""The embedded host's answers to the nodes' seam (`nodes/runtime.py`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..nodes.model_folders import find_model, list_models
+from ..nodes.runtime import release_unused_memory
+from .folders import DataFolders
+from .progress import ProgressBar, running_node
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+class HostBackend:
+    """Device, progress, interruption and folders of one embedded host."""
+
+    def __init__(self, folders: DataFolders) -> None:
+        self._folders = folders
+
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def progress(self, total: int) -> HostProgress:
+        return HostProgress(total)
+
+    def check_interrupted(self) -> None:
+        node = running_node()
+        if node is not None:
+            node.progress.check_interrupted()
+
+    def model_files(self, folder: str) -> list[str]:
+        return list_models(self._folders.models, folder)
+
+    def model_path(self, folder: str, name: str) -> str:
+        return find_model(self._folders.models, folder, name)
+
+    def output_directory(self) -> str:
+        return str(self._folders.output)
+
+    def input_directory(self) -> str:
+        return str(self._folders.input)
+
+    def temp_directory(self) -> str:
+        return str(self._folders.temp)
+
+    def free_memory(self, size: int) -> None:
+        release_unused_memory()
+
+
+class HostProgress:
+    """A bar for the running node."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = ProgressBar(total)
+
+    def update(self, value: int, preview: Image.Image | None = None) -> None:
+        self._bar.update_absolute(value, preview=preview)

@@ -1,0 +1,185 @@
+"""The seam between the nodes and their host: which backend answers, and what each of them says."""
+
+import os
+import subprocess
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from stable_cascade_nodes.host.backend import HostBackend
+from stable_cascade_nodes.host.folders import DataFolders
+from stable_cascade_nodes.nodes import runtime
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def comfyui(monkeypatch, tmp_path):
+    """Stand-ins for the modules of ComfyUI that the seam talks to."""
+    calls = []
+    state = SimpleNamespace(interrupted=False, calls=calls, root=tmp_path)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "a.safetensors").write_bytes(b"")
+
+    paths = ModuleType("folder_paths")
+    paths.folder_names_and_paths = {"vae": ([str(tmp_path / "vae")], {".safetensors"}), "unet": ([], set())}
+    paths.get_filename_list = lambda name: {"vae": ["a.safetensors"], "unet": ["old.safetensors"]}[name]
+    paths.get_full_path = lambda name, file: str(tmp_path / name / file) if (tmp_path / name / file).is_file() else None
+    paths.get_folder_paths = lambda name: paths.folder_names_and_paths[name][0]
+    paths.get_output_directory = lambda: "/comfy/output"
+    paths.get_input_directory = lambda: "/comfy/input"
+    paths.get_temp_directory = lambda: "/comfy/temp"
+
+    management = ModuleType("comfy.model_management")
+    management.get_torch_device = lambda: torch.device("meta")
+    management.free_memory = lambda size, device: calls.append(("free", size, str(device)))
+    management.soft_empty_cache = lambda: calls.append(("empty",))
+
+    def check():
+        if state.interrupted:
+            raise Interrupted
+
+    management.throw_exception_if_processing_interrupted = check
+
+    class Bar:
+        def __init__(self, total):
+            calls.append(("bar", total))
+
+        def update_absolute(self, value, total=None, preview=None):
+            calls.append(("update", value, total, preview))
+
+    utils = ModuleType("comfy.utils")
+    utils.ProgressBar = Bar
+    for module in (ModuleType("comfy"), paths, management, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return state
+
+
+def test_comfyui_answers_once_it_is_loaded(comfyui):
+    assert runtime.device() == torch.device("meta")
+    assert runtime.output_directory() == "/comfy/output"
+    assert runtime.input_directory() == "/comfy/input"
+    assert runtime.temp_directory() == "/comfy/temp"
+    assert runtime.model_files("vae") == ["a.safetensors"]
+    assert runtime.model_path("vae", "a.safetensors") == str(comfyui.root / "vae" / "a.safetensors")
+    with pytest.raises(ValueError, match=r"vae: no file named 'b\.safetensors'.*put it in"):
+        runtime.model_path("vae", "b.safetensors")
+    runtime.free_memory(100)
+    assert comfyui.calls == [("free", 100, "meta"), ("empty",)]
+
+
+def test_an_older_comfyui_knows_a_folder_by_its_former_name(comfyui):
+    assert runtime.model_files("diffusion_models") == ["old.safetensors"]
+
+
+def test_comfyuis_bar_shows_previews_and_stops_the_run(comfyui):
+    picture = object()
+    bar = runtime.progress(4)
+    bar.update(1)
+    bar.update(2, picture)
+    assert comfyui.calls == [("bar", 4), ("update", 1, 4, None), ("update", 2, 4, ("JPEG", picture, 512))]
+    runtime.check_interrupted()
+    comfyui.interrupted = True
+    with pytest.raises(Interrupted):
+        bar.update(3)
+    with pytest.raises(Interrupted):
+        runtime.check_interrupted()
+    assert len(comfyui.calls) == 3
+
+
+def test_the_running_host_goes_before_comfyui(comfyui, tmp_path):
+    host = HostBackend(DataFolders(tmp_path / "host"))
+    with runtime.using(host):
+        assert runtime.output_directory() == str(tmp_path / "host" / "output")
+    assert runtime.output_directory() == "/comfy/output"
+    runtime.use(host)
+    try:
+        assert runtime.output_directory() == str(tmp_path / "host" / "output")
+        with runtime.using(HostBackend(DataFolders(tmp_path / "inner"))):
+            assert runtime.output_directory() == str(tmp_path / "inner" / "output")
+    finally:
+        runtime.use(None)
+    assert runtime.output_directory() == "/comfy/output"
+
+
+def test_using_holds_for_its_own_thread_only(tmp_path):
+    seen = []
+    with runtime.using(HostBackend(DataFolders(tmp_path))):
+        worker = threading.Thread(target=lambda: seen.append(runtime.output_directory()))
+        worker.start()
+        worker.join()
+        assert runtime.output_directory() == str(tmp_path / "output")
+    assert seen == [os.path.abspath("output")]
+
+
+def test_without_a_host_models_come_from_the_environment_or_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CASCADE_MODELS", raising=False)
+    (tmp_path / "models" / "vae").mkdir(parents=True)
+    (tmp_path / "models" / "vae" / "here.safetensors").write_bytes(b"")
+    assert runtime.model_files("vae") == ["here.safetensors"]
+    assert runtime.model_files("loras") == []
+    for name in ("one", "two"):
+        (tmp_path / name / "vae" / "sub").mkdir(parents=True)
+        (tmp_path / name / "vae" / "sub" / f"{name}.safetensors").write_bytes(b"")
+        (tmp_path / name / "vae" / "both.safetensors").write_text(name)
+    monkeypatch.setenv("CASCADE_MODELS", os.pathsep.join([str(tmp_path / "one"), str(tmp_path / "two")]))
+    assert runtime.model_files("vae") == ["both.safetensors", "sub/one.safetensors", "sub/two.safetensors"]
+    assert runtime.model_path("vae", "both.safetensors") == str(tmp_path / "one" / "vae" / "both.safetensors")
+    assert runtime.model_path("vae", "sub\\two.safetensors").endswith("two.safetensors")
+
+
+def test_without_a_host_progress_is_silent_and_the_device_is_real():
+    bar = runtime.progress(3)
+    assert bar.update(1) is None
+    assert runtime.check_interrupted() is None
+    assert runtime.device().type in ("cpu", "cuda")
+    runtime.free_memory(1)
+
+
+def test_model_lists_hold_model_files_of_former_folders_too(tmp_path):
+    for name in ("unet/a.safetensors", "diffusion_models/b.ckpt", "diffusion_models/notes.txt", "unet/.hidden.sft"):
+        path = tmp_path / "models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    backend = HostBackend(DataFolders(tmp_path))
+    assert backend.model_files("diffusion_models") == ["a.safetensors", "b.ckpt"]
+    assert backend.model_path("diffusion_models", "a.safetensors").endswith(os.path.join("unet", "a.safetensors"))
+
+
+def test_a_link_that_points_upwards_ends(tmp_path):
+    folder = tmp_path / "models" / "vae" / "sub"
+    folder.mkdir(parents=True)
+    (folder / "a.safetensors").write_bytes(b"")
+    os.symlink(tmp_path / "models" / "vae", folder / "up")
+    assert HostBackend(DataFolders(tmp_path)).model_files("vae") == ["sub/a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["missing.safetensors", "../secret.safetensors", "/etc/passwd", "..\\secret.safetensors"]
+)
+def test_missing_and_outside_models_are_refused_in_words(tmp_path, name):
+    (tmp_path / "models" / "vae").mkdir(parents=True)
+    (tmp_path / "models" / "secret.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^vae: "):
+        HostBackend(DataFolders(tmp_path)).model_path("vae", name)
+
+
+def test_an_unknown_folder_is_refused():
+    with pytest.raises(ValueError, match="not a model folder"):
+        runtime.model_files("secrets")
+
+
+def test_the_seam_imports_no_host_and_nothing_heavy():
+    code = (
+        "import sys; from stable_cascade_nodes.nodes import runtime; "
+        "bad = [m for m in sys.modules if '.host' in m or m in ('torch', 'transformers', 'PIL', 'numpy')]; "
+        "sys.exit(repr(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
