@@ -27,14 +27,6 @@ STAGE_FOLDERS = {
     "previewer": ("vae_approx", "vae", "checkpoints"),
 }
 
-STAGE_WORDS = {
-    "stage_c": "Stage C",
-    "stage_b": "Stage B",
-    "stage_a": "Stage A",
-    "text_encoder": "text encoder",
-    "previewer": "previewer",
-}
-
 _SUFFIXES = (".safetensors", ".sft")
 _BUNDLED_FOLDER = Path(__file__).parents[1] / "tiny" / "weights"
 

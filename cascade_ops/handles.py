@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .checkpoints import FileInfo, inspect_file, load
-from .checkpoints.errors import shown
+from .checkpoints.errors import STAGE_TITLES, shown
 
 if TYPE_CHECKING:
     from .text import TextEncoder
@@ -78,7 +78,7 @@ class StageHandle:
         """This handle; ValueError where it is another stage."""
         if self.stage != stage:
             raise ValueError(
-                f"{self.title} was connected where a {stage} is read: connect the loader of that stage."
+                f"{self.title} was given where a {STAGE_TITLES[stage]} is read: connect the loader of that stage."
             )
         return self
 

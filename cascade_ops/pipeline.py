@@ -20,6 +20,7 @@ import torch
 
 from . import stages
 from .catalog import AUTO, BUNDLED, STAGE_FOLDERS, FilesOf, ModelFile, best, bundled, embedding_finder
+from .checkpoints.errors import STAGE_TITLES
 from .diffusion import StepInfo
 from .handles import StageHandle, load_stage
 
@@ -71,7 +72,9 @@ class CascadePipeline:
             else:
                 file = bundled(stage) if source == "tiny" else best(stage, files_of)
             if file.name == BUNDLED and not os.path.exists(file.path):
-                raise ValueError(f"No file for {stage} was found and the bundled one is missing: name a folder or files.")
+                raise ValueError(
+                    f"No {STAGE_TITLES[stage]} file was found and the bundled one is missing: name a folder or files."
+                )
             handles[stage] = load_stage(
                 file.path, stage, dtype=dtype or "auto", run_on=device, resident=True, name=file.name
             )
@@ -100,7 +103,6 @@ class CascadePipeline:
         settings_b: everything else about sampling; steps and guidance in them are replaced by the arguments.
         callback: called with the stage's name and a `StepInfo` after every step; an exception it raises ends the run.
         """
-        from PIL import Image
 
         def report(stage: str) -> Callable[[StepInfo], None] | None:
             return None if callback is None else lambda info: callback(stage, info)
@@ -127,7 +129,7 @@ class CascadePipeline:
             callback=report("stage_b"),
         )
         pictures = stages.decode_stage_a(self.stage_a, latent)
-        return [Image.fromarray(picture.numpy()) for picture in pictures.mul(255).round().byte()]
+        return [stages.to_picture(picture) for picture in pictures]
 
 
 def _files_of(source: str | os.PathLike[str]) -> FilesOf:

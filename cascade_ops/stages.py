@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from .handles import StageHandle
 from .prompt_chunks import FindEmbedding
 from .sizes import stage_b_size, stage_c_size
 from .wires import Latent
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Callback = Callable[[StepInfo], None]
 
@@ -172,9 +176,7 @@ def sample_stage_b(
 
 
 @torch.no_grad()
-def decode_stage_a(
-    handle: StageHandle, latent: Latent, callback: Callable[[int], None] | None = None
-) -> Tensor:
+def decode_stage_a(handle: StageHandle, latent: Latent, callback: Callable[[int], None] | None = None) -> Tensor:
     """Decode Stage B latents to pictures ``[B, H, W, 3]``, float32 0..1, of exactly the pixel size asked for.
 
     Image by image, which needs less memory; `callback` gets the number of pictures that are done.
@@ -209,6 +211,13 @@ def preview_stage_b(handle: StageHandle, samples: Tensor) -> Tensor:
         size = [max(1, round(side * _PREVIEW_CELLS / longest)) for side in samples.shape[-2:]]
         samples = torch.nn.functional.interpolate(samples, size=size, mode="area")
     return _as_pictures(handle.expect("stage_a").module.decode(samples.to(handle.device)))
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A picture ``[H, W, 3]``, 0..1, as an 8-bit PIL image, rounded to the nearest."""
+    from PIL import Image
+
+    return Image.fromarray(image.float().clamp(0, 1).mul(255).round().byte().cpu().numpy())
 
 
 def families_clash(first: str, second: str) -> bool:

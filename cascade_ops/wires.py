@@ -88,21 +88,14 @@ class Latent:
         return wire | {key: value for key, value in optional.items() if value is not None}
 
 
-def read_latent(wire: Mapping[str, Any], channels: int, made_by: str) -> Latent:
-    """Read a `LATENT` that should have `channels` channels, as `made_by` makes it.
-
-    Raises ValueError for a value of another kind and for another number of channels.
-    """
+def read_latent(wire: Mapping[str, Any]) -> Latent:
+    """Read a `LATENT`; ValueError for a value of another kind."""
     samples = wire.get("samples") if isinstance(wire, Mapping) else None
     if not isinstance(samples, Tensor) or samples.ndim != 4:
         found = f"samples of shape {list(samples.shape)}" if isinstance(samples, Tensor) else type(wire).__name__
         raise ValueError(
-            f"The latent input holds {found}, expected samples [batch, {channels}, height, width]: connect {made_by}."
-        )
-    if samples.shape[1] != channels:
-        known = {4: " (a Stage B latent has 4)", 16: " (a Stage C latent has 16)"}.get(samples.shape[1], "")
-        raise ValueError(
-            f"The latent has {samples.shape[1]} channels{known}, expected {channels}: connect {made_by}."
+            f"The latent input holds {found}, expected samples [batch, channels, height, width]: connect the latent of "
+            "a Stable Cascade node."
         )
     index = wire.get("batch_index")
     return Latent(

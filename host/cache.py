@@ -105,7 +105,7 @@ class RunCache:
             return None
         except Exception as error:
             # The node's own functions: if it runs, it will say itself what is wrong.
-            _log.warning("node #%s (%s) cannot be cached: %s", node_id, class_type, error)
+            _log.info("node #%s (%s) cannot be cached: %s", node_id, class_type, error)
             return None
         return (class_type, node_id if per_node else None, items, changed)
 

@@ -142,15 +142,21 @@ def _report(host: Host, entry: dict[str, Any], titles: dict[str, str], *, show_t
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from .console import ConsoleProgress
     from .demo import demo_graph
     from .pictures import picture_metadata, write_png
 
+    progress = ConsoleProgress({"stage_c": "Sample Stage C", "stage_b": "Sample Stage B"}, sys.stderr)
     try:
         graph = demo_graph(DEMO_GRAPH, arguments.prompt, arguments.seed)
         from ..cascade_ops.pipeline import CascadePipeline
 
         pipeline = CascadePipeline.load("auto")
-        picture = pipeline.generate(arguments.prompt, seed=arguments.seed)[0]
+        picture = pipeline.generate(
+            arguments.prompt,
+            seed=arguments.seed,
+            callback=lambda stage, info: progress.step(stage, info.step + 1, info.steps),
+        )[0]
         write_png(arguments.out.absolute(), picture, picture_metadata(graph, None))
     except (ValueError, OSError, RuntimeError) as error:
         _say(str(error))

@@ -40,6 +40,14 @@ class ConsoleProgress:
             for text in data["output"].get("text", ()):
                 self._line(f"{self._titles.get(data['node'], data['node'])}: {text}")
 
+    def step(self, node: str, value: int, maximum: int) -> None:
+        """Report a step of work that is no graph; the line of `node` ends with its last step."""
+        if node != self._node:
+            self.receive("executing", {"node": node})
+        self._draw(value, maximum)
+        if value == maximum:
+            self._end()
+
     def _end(self) -> None:
         assert self._node is not None
         self._line(f"{self._heading()}  {time.monotonic() - self._begun[self._node]:.1f} s")

@@ -55,7 +55,7 @@ def set_input(prompt: Prompt, registry: NodeRegistry, setting: str) -> None:
         )
     node = prompt[_find_node(prompt, node_name)]
     class_type = node.get("class_type")
-    if class_type not in registry:
+    if not isinstance(class_type, str) or class_type not in registry:
         raise ValueError(f"--set {setting}: this host has no node {class_type}")
     declaration = registry.declarations()[class_type]
     spec = declaration.find(name)

@@ -36,7 +36,7 @@ def roots_from_environment() -> list[Path]:
 
 def list_models(roots: Iterable[Path], folder: str) -> list[str]:
     """Names of the model files of one kind under all `roots`, sorted, each once."""
-    names = set()
+    names: set[str] = set()
     for base in _bases(roots, folder):
         for directory, subdirectories, files in os.walk(base, followlinks=True):
             # A link that points upwards must not make the walk endless.

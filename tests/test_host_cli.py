@@ -265,8 +265,11 @@ def test_demo_saves_the_picture_with_its_graph(shell, tmp_path, monkeypatch):
             asked.append(name)
             return cls()
 
-        def generate(self, prompt, seed=0):
+        def generate(self, prompt, seed=0, callback=None):
             asked.append((prompt, seed))
+            for stage in ("stage_c", "stage_b"):
+                for step in range(2):
+                    callback(stage, SimpleNamespace(step=step, steps=2))
             return [Image.new("RGB", (2, 2), "red")]
 
     module = ModuleType("pipeline")
@@ -282,6 +285,7 @@ def test_demo_saves_the_picture_with_its_graph(shell, tmp_path, monkeypatch):
     code, out, err = shell("demo", "a green star", "--seed", 5, "--out", "star.png")
     assert (code, out) == (0, "star.png\n"), err
     assert asked == ["auto", ("a green star", 5)]
+    assert [line.split("  ")[0] for line in err.splitlines()] == ["1/2 Sample Stage C", "2/2 Sample Stage B"]
     graph = carried(tmp_path / "star.png")["prompt"]
     assert graph["1"]["inputs"]["text"] == "a green star"
     assert graph["2"]["inputs"]["text"] == "bad quality"

@@ -1,6 +1,8 @@
 """Graph execution: caching, lists, lazy inputs, blockers, hidden inputs, interruption, scheduling."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -156,6 +158,26 @@ def test_the_cache_keeps_only_the_current_prompt(bench):
     for value in (1, 2, 1):
         b.run({"1": ("A", {"k": value}), "2": ("Show", {"v": ["1", 0]})})
     assert [call["k"] for call in calls] == [1, 2, 1]
+
+
+def test_outputs_of_an_earlier_prompt_are_freed(bench):
+    class Big:
+        pass
+
+    made = []
+
+    def make(self, k):
+        big = Big()
+        made.append(weakref.ref(big))
+        return (big,)
+
+    b = bench(
+        A=node(make, {"k": ("INT", {})}), Drop=node(lambda self, a: {"ui": {}}, {"a": ("*",)}, (), OUTPUT_NODE=True)
+    )
+    for value in (1, 2):
+        b.run({"1": ("A", {"k": value}), "2": ("Drop", {"a": ["1", 0]})})
+    gc.collect()
+    assert [reference() is None for reference in made] == [True, False]
 
 
 def test_node_objects_live_by_id_and_class(bench):

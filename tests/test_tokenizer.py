@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stable_cascade_nodes.cascade_ops import tokenizer as tokenizer_module
@@ -113,7 +113,7 @@ def _reference_words(text):
         place += length
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mixed_text)
 def test_ids_equal_transformers(transformers_tokenizer, text):
     ids = [START_TOKEN, *default_tokenizer().encode(text), END_TOKEN]
@@ -126,7 +126,7 @@ old_text = st.text(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.one_of(words, old_text, st.sampled_from(SPACES)), max_size=8).map("".join))
 def test_ids_equal_a_plain_encoder(text):
     text = text.replace("<|", "< |")  # special tokens have a test of their own
@@ -166,7 +166,7 @@ def test_special_tokens_in_any_case(text):
     assert default_tokenizer().encode(f"x{text} y") == [343, token, 344]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mixed_text)
 def test_text_is_the_sum_of_its_words(text):
     whole = default_tokenizer()

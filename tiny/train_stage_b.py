@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the tiny Stage B.")
     parser.add_argument("--pool", type=Path, required=True, help="directory of the rendered pictures")
     parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints and the result")
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=26_000)
     parser.add_argument("--until", type=int, default=None, help="stop at this step; run again to go on")
     given = parser.parse_args(arguments)
     stage_a, _ = load(given.out / "stage_a.safetensors", expect="stage_a")

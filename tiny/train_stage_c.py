@@ -30,7 +30,7 @@ TEXT, PICTURE, BOTH = 0.72, 0.08, 0.10
 # Share of the run after which pictures join, and after which every caption is padded to CLIP's full 77 tokens. Shorter
 # sequences cost half as much; padding is what the encoder gives when sampling, so the model has to end on it.
 IMAGE_FROM = 0.5
-FULL_LENGTH_FROM = 0.7
+FULL_LENGTH_FROM = 0.85
 
 
 def adaptive_weight() -> AdaptiveLossWeight:
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the tiny Stage C.")
     parser.add_argument("--pool", type=Path, required=True, help="directory of the rendered pictures")
     parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints and the result")
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--until", type=int, default=None, help="stop at this step; run again to go on")
     given = parser.parse_args(arguments)
     encoder, _ = load(given.out / "latent_encoder.safetensors", expect="latent_encoder")

@@ -1,0 +1,113 @@
+"""Nodes that make latents and turn them into pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import runtime
+from .placing import on_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..cascade_ops.handles import StageHandle
+
+CATEGORY = "cascade/latent"
+
+
+def _pixels(side: str) -> tuple:
+    return (
+        "INT",
+        {
+            "default": 0,
+            "min": 0,
+            "max": 16384,
+            "step": 8,
+            "tooltip": f"{side} of the picture in pixels; any number works. 0 uses the model's own (1024 for the "
+            "release). Sides from 1024 to about 2000 suit the release best.",
+        },
+    )
+
+
+class CascadeEmptyLatent:
+    DESCRIPTION = "Says how large the picture will be and how many to make: an empty latent for Stage C."
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("Empty Stage C latent that remembers the size in pixels, for 'Cascade: sample Stage C'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "stage_c": (
+                    "CASCADE_STAGE_C",
+                    {"tooltip": "The model that will be sampled, for its own size, from 'Cascade: load Stage C'."},
+                ),
+                "width": _pixels("Width"),
+                "height": _pixels("Height"),
+                "batch_size": (
+                    "INT",
+                    {"default": 1, "min": 1, "max": 4096, "tooltip": "How many pictures to make at once."},
+                ),
+            }
+        }
+
+    def make(self, stage_c: StageHandle, width: int, height: int, batch_size: int) -> dict[str, Any]:
+        from ..cascade_ops import stages
+
+        latent = stages.empty_latent(stage_c, width, height, batch_size)
+        rows, columns = latent.samples.shape[-2:]
+        said = f"{latent.width} x {latent.height} pixels, Stage C latent {columns} x {rows}, batch of {batch_size}"
+        return {"ui": {"text": [said]}, "result": (latent.to_wire(),)}
+
+
+class CascadeDecodeStageA:
+    DESCRIPTION = "Turns the latent of Stage B into the finished picture, in exactly the size that was asked for."
+    CATEGORY = CATEGORY
+    FUNCTION = "decode"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("image",)
+    OUTPUT_TOOLTIPS = ("The finished pictures.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "stage_a": ("CASCADE_STAGE_A", {"tooltip": "The model, from 'Cascade: load Stage A'."}),
+                "latent": ("LATENT", {"tooltip": "Stage B latent, from 'Cascade: sample Stage B'."}),
+            }
+        }
+
+    def decode(self, stage_a: StageHandle, latent: dict) -> tuple[Tensor]:
+        from ..cascade_ops import stages, wires
+
+        runtime.check_interrupted()
+        read = wires.read_latent(latent)
+        return (stages.decode_stage_a(on_device(stage_a), read, runtime.progress(len(read.samples)).update),)
+
+
+class CascadePreviewLatent:
+    DESCRIPTION = (
+        "Shows the latent of Stage C as a small picture without Stage B and Stage A: quick to choose a seed with."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "preview"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("image",)
+    OUTPUT_TOOLTIPS = ("Small pictures, 8 pixels for each cell of the latent: 192 x 192 for 1024 x 1024.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "previewer": ("CASCADE_PREVIEWER", {"tooltip": "The model, from 'Cascade: load previewer'."}),
+                "latent": ("LATENT", {"tooltip": "Stage C latent, from 'Cascade: sample Stage C'."}),
+            }
+        }
+
+    def preview(self, previewer: StageHandle, latent: dict) -> tuple[Tensor]:
+        from ..cascade_ops import stages, wires
+
+        return (stages.preview_latent(on_device(previewer), wires.read_latent(latent)),)

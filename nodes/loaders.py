@@ -1,0 +1,193 @@
+"""Nodes that load a stage from a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..cascade_ops.catalog import ModelFile, fingerprint
+from . import files, runtime
+
+if TYPE_CHECKING:
+    from ..cascade_ops.handles import StageHandle
+
+CATEGORY = "cascade/loaders"
+
+_FILE_HELP = (
+    "auto takes the best {what} it finds, by looking into the files: the published full size, then lite, then other "
+    "sizes, then the tiny one that comes with these nodes. Files go into models/{folder} (combined ones into "
+    "models/checkpoints)."
+)
+_DTYPE = (
+    # As in cascade_ops.handles.DTYPES, which is not imported here because it needs PyTorch.
+    ["auto", "bfloat16", "float32", "float16", "float16 (fixed weights)"],
+    {
+        "default": "auto",
+        "tooltip": "Number format to run in. auto suits your device: bfloat16 on recent GPUs, float32 on CPUs. The "
+        "3.6B Stage C gives black pictures in float16 and refuses it, unless its file was rescaled for float16.",
+    },
+)
+
+
+def _file_input(stage: str, what: str) -> tuple:
+    tooltip = _FILE_HELP.format(what=what, folder=files.WHERE[stage])
+    return (files.choices(stage), {"default": "auto", "tooltip": tooltip})
+
+
+def _load(file: ModelFile, stage: str, dtype: str = "auto") -> StageHandle:
+    from ..cascade_ops.handles import load_stage
+
+    return load_stage(file.path, stage, dtype=dtype, run_on=runtime.device(), name=file.name)
+
+
+def _said(handles: list[StageHandle]) -> dict[str, list[str]]:
+    return {"text": [f"{handle.title}, {str(handle.dtype).removeprefix('torch.')}" for handle in handles]}
+
+
+class _LoadStage:
+    """One stage from one file; subclasses say which."""
+
+    STAGE = ""
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+
+    def load(self, file: str, dtype: str = "auto") -> dict[str, Any]:
+        handle = _load(files.find(self.STAGE, file), self.STAGE, dtype)
+        return {"ui": _said([handle]), "result": (handle,)}
+
+    @classmethod
+    def IS_CHANGED(cls, file: str, **settings: object) -> str:
+        return fingerprint(files.find(cls.STAGE, file).path)
+
+
+class CascadeLoadStageC(_LoadStage):
+    STAGE = "stage_c"
+    DESCRIPTION = (
+        "Loads Stage C, which turns a prompt into a small latent picture: the model that decides what is seen."
+    )
+    RETURN_TYPES = ("CASCADE_STAGE_C",)
+    RETURN_NAMES = ("stage_c",)
+    OUTPUT_TOOLTIPS = ("Stage C, for 'Cascade: empty latent' and 'Cascade: sample Stage C'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": _file_input("stage_c", "Stage C")}, "optional": {"dtype": _DTYPE}}
+
+
+class CascadeLoadStageB(_LoadStage):
+    STAGE = "stage_b"
+    DESCRIPTION = "Loads Stage B, which adds detail to what Stage C made."
+    RETURN_TYPES = ("CASCADE_STAGE_B",)
+    RETURN_NAMES = ("stage_b",)
+    OUTPUT_TOOLTIPS = ("Stage B, for 'Cascade: sample Stage B'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": _file_input("stage_b", "Stage B")}, "optional": {"dtype": _DTYPE}}
+
+
+class CascadeLoadStageA(_LoadStage):
+    STAGE = "stage_a"
+    DESCRIPTION = "Loads Stage A, which turns the latent of Stage B into the finished picture."
+    RETURN_TYPES = ("CASCADE_STAGE_A",)
+    RETURN_NAMES = ("stage_a",)
+    OUTPUT_TOOLTIPS = ("Stage A, for 'Cascade: decode Stage A'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": _file_input("stage_a", "Stage A")}}
+
+
+class CascadeLoadTextEncoder(_LoadStage):
+    STAGE = "text_encoder"
+    DESCRIPTION = "Loads the text encoder (CLIP), which turns a prompt into what Stage C and Stage B read."
+    RETURN_TYPES = ("CASCADE_TEXT_ENCODER",)
+    RETURN_NAMES = ("text_encoder",)
+    OUTPUT_TOOLTIPS = ("The text encoder, for 'Cascade: encode text'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        kind, options = _file_input("text_encoder", "text encoder")
+        fitting = " Only text encoders that fit the Stage C which auto would take are considered."
+        options = options | {"tooltip": options["tooltip"] + fitting}
+        return {"required": {"file": (kind, options)}, "optional": {"dtype": _DTYPE}}
+
+
+class CascadeLoadPreviewer(_LoadStage):
+    STAGE = "previewer"
+    DESCRIPTION = (
+        "Loads the previewer, which shows the latent of Stage C as a small picture, cheaply and while it is made."
+    )
+    RETURN_TYPES = ("CASCADE_PREVIEWER",)
+    RETURN_NAMES = ("previewer",)
+    OUTPUT_TOOLTIPS = ("The previewer, for 'Cascade: sample Stage C' (live) and 'Cascade: preview latent'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": _file_input("previewer", "previewer")}}
+
+
+class CascadeLoadCheckpoint:
+    DESCRIPTION = (
+        "Loads everything from the two combined files made for ComfyUI (stable_cascade_stage_c and "
+        "stable_cascade_stage_b), instead of one loader per stage."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+    RETURN_TYPES = (
+        "CASCADE_STAGE_C",
+        "CASCADE_TEXT_ENCODER",
+        "CASCADE_STAGE_B",
+        "CASCADE_STAGE_A",
+        "CASCADE_PREVIEWER",
+    )
+    RETURN_NAMES = ("stage_c", "text_encoder", "stage_b", "stage_a", "previewer")
+    OUTPUT_TOOLTIPS = (
+        "Stage C, for 'Cascade: empty latent' and 'Cascade: sample Stage C'.",
+        "The text encoder, for 'Cascade: encode text'.",
+        "Stage B, for 'Cascade: sample Stage B'.",
+        "Stage A, for 'Cascade: decode Stage A'.",
+        "The previewer, for 'Cascade: sample Stage C' (live) and 'Cascade: preview latent'.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        names = files.checkpoint_choices()
+        found = "auto takes the best such file that it finds, else the tiny family that comes with these nodes."
+        return {
+            "required": {
+                "stage_c_file": (
+                    names,
+                    {
+                        "default": "auto",
+                        "tooltip": "Combined file with Stage C, text encoder and previewer, in models/checkpoints. "
+                        + found,
+                    },
+                ),
+                "stage_b_file": (
+                    names,
+                    {
+                        "default": "auto",
+                        "tooltip": "Combined file with Stage B and Stage A, in models/checkpoints. " + found,
+                    },
+                ),
+            },
+            "optional": {"dtype": _DTYPE},
+        }
+
+    @staticmethod
+    def _find(stage_c_file: str, stage_b_file: str) -> dict[str, ModelFile]:
+        return files.find_in_checkpoint("stage_c", ("text_encoder", "previewer"), stage_c_file) | (
+            files.find_in_checkpoint("stage_b", ("stage_a",), stage_b_file)
+        )
+
+    def load(self, stage_c_file: str, stage_b_file: str, dtype: str = "auto") -> dict[str, Any]:
+        found = self._find(stage_c_file, stage_b_file)
+        order = ("stage_c", "text_encoder", "stage_b", "stage_a", "previewer")
+        # Stage A and the previewer are small and have no dtype of their own to choose.
+        small = ("stage_a", "previewer")
+        handles = [_load(found[stage], stage, "auto" if stage in small else dtype) for stage in order]
+        return {"ui": _said(handles), "result": tuple(handles)}
+
+    @classmethod
+    def IS_CHANGED(cls, stage_c_file: str, stage_b_file: str, **settings: object) -> str:
+        return "; ".join(fingerprint(file.path) for file in cls._find(stage_c_file, stage_b_file).values())

@@ -1,0 +1,307 @@
+"""Nodes that sample Stage C and Stage B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from . import runtime
+from .placing import on_device
+
+if TYPE_CHECKING:
+    from ..cascade_ops.diffusion import StepInfo
+    from ..cascade_ops.handles import StageHandle
+    from ..cascade_ops.stages import SamplingSettings
+
+CATEGORY = "cascade/sampling"
+
+
+def _required_settings(steps: int, own_guidance: str, seed: str) -> dict[str, tuple]:
+    from ..cascade_ops.diffusion import SAMPLERS
+
+    return {
+        "seed": (
+            "INT",
+            {
+                "default": 0,
+                "min": 0,
+                "max": 2**64 - 1,
+                "control_after_generate": True,
+                "tooltip": f"Another seed, another {seed}. Image 3 of a batch is the image made alone with seed + 3, "
+                "counted from 0.",
+            },
+        ),
+        "steps": (
+            "INT",
+            {
+                "default": steps,
+                "min": 1,
+                "max": 1000,
+                "tooltip": f"How often the model is asked. More steps take longer and help little past {2 * steps}; "
+                f"the release uses {steps}.",
+            },
+        ),
+        "guidance": (
+            "FLOAT",
+            {
+                "default": 0.0,
+                "min": 0.0,
+                "max": 30.0,
+                "step": 0.1,
+                "round": 0.01,
+                "tooltip": "How strictly the prompt is followed and the negative prompt avoided. 0 uses the model's "
+                f"own value ({own_guidance} for the release), 1 switches guidance off and takes half the time.",
+            },
+        ),
+        "sampler": (
+            list(SAMPLERS),
+            {
+                "default": "ddpm",
+                "tooltip": "How noise is removed. ddpm is what the release uses; ddim and euler add no noise on the "
+                "way; dpmpp_2m does with half the steps; lcm needs weights made for it.",
+            },
+        ),
+    }
+
+
+def _optional_settings(own_shift: str, start: str) -> dict[str, tuple]:
+    def number(default: float, low: float, high: float, step: float, tooltip: str) -> tuple:
+        return (
+            "FLOAT",
+            {"default": default, "min": low, "max": high, "step": step, "round": 0.001, "tooltip": tooltip},
+        )
+
+    return {
+        "shift": number(
+            0.0,
+            0.0,
+            16.0,
+            0.1,
+            "Spends more of the steps on composition (higher) or on detail (lower). 0 uses the model's own value "
+            f"({own_shift} for the release), 1 is no shift.",
+        ),
+        "guidance_end": number(
+            0.0,
+            0.0,
+            30.0,
+            0.1,
+            "Guidance in the last step: it changes evenly from guidance to this value. 0 keeps it the same throughout.",
+        ),
+        "guidance_from": number(
+            1.0,
+            0.0,
+            1.0,
+            0.01,
+            "Guidance begins at this time. Time runs from 1 (noise) to 0 (picture); 1 is from the first step on.",
+        ),
+        "guidance_until": number(
+            0.0, 0.0, 1.0, 0.01, "Guidance ends at this time; later steps are faster. 0 is up to the last step."
+        ),
+        "rescale": number(
+            0.7,
+            0.0,
+            1.0,
+            0.05,
+            "Takes back contrast and colour that guidance adds too much of. 0 is off, 1 is all of it; the release "
+            "uses 0.7.",
+        ),
+        "rescale_over": (
+            ["image", "batch"],
+            {
+                "default": "image",
+                "tooltip": "What rescale measures. image: each picture by itself. batch: all together as the release "
+                "does, so that a picture depends on the others of its batch.",
+            },
+        ),
+        "start": number(1.0, 0.0, 1.0, 0.01, start),
+        "end": number(
+            0.0,
+            0.0,
+            1.0,
+            0.01,
+            "Stops at this time and gives the picture as it is guessed there: softer above 0. 0 runs to the end.",
+        ),
+    }
+
+
+_POSITIVE = ("CONDITIONING", {"tooltip": "What the picture should show, from 'Cascade: encode text'."})
+_NEGATIVE = (
+    "CONDITIONING",
+    {"tooltip": "What to stay away from, from 'Cascade: encode text'; the text may be empty. Not used at guidance 1."},
+)
+
+
+class CascadeSampleStageC:
+    DESCRIPTION = (
+        "Turns noise into a small latent picture of what the prompt says. This is where the content of the picture is "
+        "decided; Stage B and Stage A then make it large."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "sample"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("Stage C latent, 16 channels, for 'Cascade: sample Stage B' or 'Cascade: preview latent'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        start = (
+            "Below 1, the given latent is changed instead of starting from noise: 0.8 changes much, 0.3 little "
+            "(image to image). All steps are spent on the part that is left."
+        )
+        return {
+            "required": {
+                "stage_c": ("CASCADE_STAGE_C", {"tooltip": "The model, from 'Cascade: load Stage C'."}),
+                "positive": _POSITIVE,
+                "negative": _NEGATIVE,
+                "latent": (
+                    "LATENT",
+                    {
+                        "tooltip": "Says the size and how many pictures, from 'Cascade: empty latent'. With a noise "
+                        "mask, only the masked part is made anew."
+                    },
+                ),
+                **_required_settings(20, "4.0", "picture"),
+            },
+            "optional": {
+                "previewer": (
+                    "CASCADE_PREVIEWER",
+                    {"tooltip": "Shows the picture while it is made, from 'Cascade: load previewer'."},
+                ),
+                **_optional_settings("2.0", start),
+            },
+        }
+
+    def sample(
+        self,
+        stage_c: StageHandle,
+        positive: list,
+        negative: list,
+        latent: dict,
+        seed: int,
+        previewer: StageHandle | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        from ..cascade_ops import stages, wires
+
+        chosen = stages.SamplingSettings(**settings)
+        notes = []
+        show = None
+        if previewer is not None and stages.families_clash(previewer.family, stage_c.family):
+            notes.append(f"no live previews: {previewer.title} belongs to another family than {stage_c.title}")
+        elif previewer is not None:
+            previewer = on_device(previewer)
+
+            def show(step: StepInfo) -> Any:
+                return stages.preview_latent(previewer, wires.Latent(step.denoised[:1]))[0]
+
+        result = stages.sample_stage_c(
+            on_device(stage_c),
+            wires.read_condition(positive, "positive"),
+            wires.read_condition(negative, "negative"),
+            wires.read_latent(latent),
+            seed=seed,
+            settings=chosen,
+            callback=_report(chosen.steps, show),
+        )
+        return {"ui": _said(stage_c, chosen, result.stage_c_pixels(), notes), "result": (result.to_wire(),)}
+
+
+class CascadeSampleStageB:
+    DESCRIPTION = "Adds detail: turns the small latent of Stage C into the larger one that Stage A decodes."
+    CATEGORY = CATEGORY
+    FUNCTION = "sample"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("Stage B latent, 4 channels, for 'Cascade: decode Stage A'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        start = (
+            "Below 1, start_latent is refined instead of starting from noise: 0.5 keeps its larger forms, 0.2 changes "
+            "little."
+        )
+        return {
+            "required": {
+                "stage_b": ("CASCADE_STAGE_B", {"tooltip": "The model, from 'Cascade: load Stage B'."}),
+                "latent": (
+                    "LATENT",
+                    {
+                        "tooltip": "What to add detail to, from 'Cascade: sample Stage C'. The picture's size in "
+                        "pixels comes with it."
+                    },
+                ),
+                "positive": _POSITIVE,
+                "negative": _NEGATIVE,
+                **_required_settings(10, "1.1", "set of details"),
+            },
+            "optional": {
+                "stage_a": (
+                    "CASCADE_STAGE_A",
+                    {"tooltip": "Shows a small picture while it is made, from 'Cascade: load Stage A'."},
+                ),
+                "start_latent": (
+                    "LATENT",
+                    {
+                        "tooltip": "Stage B latent to refine, with start below 1; with a noise mask, only the masked "
+                        "part is made anew."
+                    },
+                ),
+                **_optional_settings("1.0", start),
+            },
+        }
+
+    def sample(
+        self,
+        stage_b: StageHandle,
+        latent: dict,
+        positive: list,
+        negative: list,
+        seed: int,
+        stage_a: StageHandle | None = None,
+        start_latent: dict | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        from ..cascade_ops import stages, wires
+
+        chosen = stages.SamplingSettings(**settings)
+        notes = []
+        show = None
+        if stage_a is not None and stages.families_clash(stage_a.family, stage_b.family):
+            notes.append(f"no live previews: {stage_a.title} belongs to another family than {stage_b.title}")
+        elif stage_a is not None:
+            stage_a = on_device(stage_a)
+
+            def show(step: StepInfo) -> Any:
+                return stages.preview_stage_b(stage_a, step.denoised[:1])[0]
+
+        result = stages.sample_stage_b(
+            on_device(stage_b),
+            wires.read_latent(latent),
+            wires.read_condition(positive, "positive"),
+            wires.read_condition(negative, "negative"),
+            seed=seed,
+            settings=chosen,
+            start_latent=None if start_latent is None else wires.read_latent(start_latent),
+            callback=_report(chosen.steps, show),
+        )
+        return {"ui": _said(stage_b, chosen, result.stage_b_pixels(), notes), "result": (result.to_wire(),)}
+
+
+def _report(steps: int, show: Callable[[StepInfo], Any] | None) -> Callable[[StepInfo], None]:
+    """A callback that moves the node's progress bar, shows the picture so far, and ends the run on an interruption."""
+    from ..cascade_ops.stages import to_picture
+
+    runtime.check_interrupted()
+    bar = runtime.progress(steps)
+
+    def report(step: StepInfo) -> None:
+        bar.update(step.step + 1, None if show is None else to_picture(show(step)))
+
+    return report
+
+
+def _said(
+    handle: StageHandle, settings: SamplingSettings, pixels: tuple[int, int], notes: list[str]
+) -> dict[str, list[str]]:
+    height, width = pixels
+    return {"text": [f"{handle.title}: {width} x {height} pixels, {settings.for_model(handle).describe()}", *notes]}
