@@ -140,7 +140,8 @@ def _files_of(source: str | os.PathLike[str]) -> FilesOf:
         folder = Path(source)
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: give 'auto', 'tiny', a folder with model files, or a mapping.")
-        return lambda stage: _files_below(folder)
+        learned = folder / "embeddings" if (folder / "embeddings").is_dir() else folder
+        return lambda stage: _files_below(learned if stage == "embeddings" else folder)
     named = os.environ.get("CASCADE_MODELS", "").split(os.pathsep)
     roots = [Path("models"), *(Path(name).expanduser() for name in named if name)]
 

@@ -166,7 +166,7 @@ def test_embeddings(tmp_path, small_family):
     save_file({"clip_g": torch.ones(2, 64)}, tmp_path / "models/embeddings/glow.safetensors")
     loaded = CascadePipeline.load(tmp_path / "models", device="cpu")
     small = {"width": 64, "height": 64, "steps_c": 1, "steps_b": 1}
-    with_glow = loaded.generate("a circle embedding:embeddings/glow", **small)[0]
+    with_glow = loaded.generate("a circle embedding:glow", **small)[0]
     assert not np.array_equal(pixels(with_glow), pixels(loaded.generate("a circle", **small)[0]))
     with pytest.raises(ValueError, match="'missing', which was not found"):
         loaded.generate("a circle embedding:missing", **small)

@@ -60,10 +60,10 @@ def test_diffusion_loss_of_a_perfect_and_of_a_blind_model():
         a, b = (v.view(-1, 1, 1, 1) for v in signal_and_noise(level))
         return (x - a * latent) / b
 
-    loss, figures = diffusion_loss(perfect, latent, noise, generator(3), weight)
+    _, figures = diffusion_loss(perfect, latent, noise, generator(3), weight)
     assert figures["mse"] < 1e-2
     before = weight.losses.clone()
-    loss, figures = diffusion_loss(lambda x, r: torch.zeros_like(x), latent, noise, generator(3), weight)
+    _, figures = diffusion_loss(lambda x, r: torch.zeros_like(x), latent, noise, generator(3), weight)
     assert figures["mse"] == pytest.approx(1, abs=0.05)
     assert not torch.equal(weight.losses, before)
 

@@ -1,9 +1,8 @@
 """Train the tiny latent encoder and previewer.
 
-python -m stable_cascade_nodes.tiny.train_latent_encoder --pool DIR --out DIR
+python -m stable_cascade_nodes.tiny.train_latent_encoder --out DIR
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from .drawing import COLOURS, SHAPES, Scene, signed_distance
 from .family import ENCODE_SIZE, LATENT_ENCODER, PREVIEWER, STAGE_C_SIZE, as_images, encoder_input
 from .pool import open_pool
 from .publish import save_part
+from .recipe import log, parse
 
 BATCH = 24
 LARGEST_NOISE = 0.4
@@ -66,29 +66,26 @@ def label_maps(pool: Path, split: str) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny latent encoder and previewer.")
-    parser.add_argument("--pool", type=Path, required=True, help="directory of the rendered pictures")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints and the result")
-    parser.add_argument("--steps", type=int, default=3000)
-    given = parser.parse_args(arguments)
+    given = parse("Train the tiny latent encoder and previewer.", 3000, arguments)
     pictures, labels = encoder_inputs(given.pool, "train"), label_maps(given.pool, "train")
     torch.manual_seed(0)
     encoder, previewer = LatentEncoder(**LATENT_ENCODER), Previewer(**PREVIEWER)
-    objective = LatentEncoderObjective(encoder, previewer, CLASSES).to(memory_format=torch.channels_last)
+    objective = LatentEncoderObjective(encoder, previewer, CLASSES)
+    objective = objective.to(given.device, memory_format=torch.channels_last)
 
     def loss(step: int, generator: torch.Generator):
         objective.freeze_norms(step >= FROZEN_FROM * given.steps)
         index = torch.randint(len(pictures), (BATCH,), generator=generator).sort().values.numpy()
         level = torch.rand(BATCH, 1, 1, 1, generator=generator) * LARGEST_NOISE
         noise = torch.randn(BATCH, 16, STAGE_C_SIZE, STAGE_C_SIZE, generator=generator) * level
-        batch = LatentBatch(as_images(pictures[index]), torch.from_numpy(labels[index]).long(), noise)
-        return objective.loss(batch)
+        parts = as_images(pictures[index]), torch.from_numpy(labels[index]).long(), noise
+        return objective.loss(LatentBatch(*(part.to(given.device) for part in parts)))
 
     config = LoopConfig(given.steps, lr=2e-3, ema_decay=0.998, save_every=500)
     trainer = Trainer(objective, loss, config, given.out / "latent_encoder.run.safetensors")
-    trainer.run(log=lambda line: print(line, flush=True))
+    trainer.run(log=log)
     with trainer.averaged():
-        objective.eval()
+        objective.cpu().eval()
         refit_latent_norm(encoder, as_images(pictures[:2048]))
         save_part(encoder, given.out / "latent_encoder.safetensors", "latent_encoder", LATENT_ENCODER)
         save_part(previewer, given.out / "previewer.safetensors", "previewer", PREVIEWER)

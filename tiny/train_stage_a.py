@@ -1,10 +1,7 @@
 """Train the tiny Stage A.
 
-python -m stable_cascade_nodes.tiny.train_stage_a --pool DIR --out DIR
+python -m stable_cascade_nodes.tiny.train_stage_a --out DIR
 """
-
-import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +12,7 @@ from ..cascade_ops.training.stage_a import autoencoder_loss, fit_codebook, norma
 from .family import STAGE_A, as_images
 from .pool import open_pool
 from .publish import save_part
+from .recipe import log, parse
 
 CROP = 64
 BATCH = 12
@@ -42,33 +40,30 @@ def reconstruction_psnr(model: StageA, pictures: np.ndarray) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny Stage A.")
-    parser.add_argument("--pool", type=Path, required=True, help="directory of the rendered pictures")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints and the result")
-    parser.add_argument("--steps", type=int, default=7000)
-    given = parser.parse_args(arguments)
+    given = parse("Train the tiny Stage A.", 7000, arguments)
     pictures, _ = open_pool(given.pool, "train")
     test, _ = open_pool(given.pool, "test")
     torch.manual_seed(0)
-    model = StageA(**STAGE_A)
+    model = StageA(**STAGE_A).to(given.device)
     # The published gates start at zero, which would leave the mixing blocks out; small values let them learn.
     for name, parameter in model.named_parameters():
         if name.endswith("gammas"):
             torch.nn.init.constant_(parameter, 0.1)
 
     def loss(step: int, generator: torch.Generator):
-        images = random_crops(pictures, BATCH, generator)
+        images = random_crops(pictures, BATCH, generator).to(given.device)
         noise = torch.randn(BATCH, model.c_latent, CROP // 4, CROP // 4, generator=generator) * LATENT_NOISE
-        return autoencoder_loss(model, images, noise / model.scale_factor)
+        return autoencoder_loss(model, images, noise.to(given.device) / model.scale_factor)
 
     trainer = Trainer(model, loss, LoopConfig(given.steps, lr=3e-3), given.out / "stage_a.run.safetensors")
-    trainer.run(log=lambda line: print(line, flush=True))
+    trainer.run(log=log)
     with trainer.averaged():
+        model.cpu()
         generator = torch.Generator().manual_seed(1)
         sample = as_images(pictures[:256])
         normalize_latent(model, sample)
         fit_codebook(model, sample, generator)
-        print(f"psnr on {len(test[:200])} test pictures: {reconstruction_psnr(model, test[:200]):.2f} dB", flush=True)
+        log(f"psnr on {len(test[:200])} test pictures: {reconstruction_psnr(model, test[:200]):.2f} dB")
         save_part(model, given.out / "stage_a.safetensors", "stage_a", STAGE_A)
 
 

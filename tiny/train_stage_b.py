@@ -1,12 +1,9 @@
 """Train the tiny Stage B on cached latents of Stage A and of the latent encoder.
 
-    python -m stable_cascade_nodes.tiny.train_stage_b --pool DIR --out DIR
+    python -m stable_cascade_nodes.tiny.train_stage_b --out DIR
 
 Needs the finished Stage A, latent encoder and text encoder in ``--out``.
 """
-
-import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +16,7 @@ from ..cascade_ops.training.loop import LoopConfig, Trainer
 from .family import STAGE_B, STAGE_B_SIZE
 from .latents import caption_tokens, stage_a_latents, stage_c_latents, take
 from .publish import save_part
+from .recipe import log, parse
 from .train_stage_c import EXTRA_SCENES, CaptionSampler, adaptive_weight
 
 PICTURES = 16_000
@@ -52,20 +50,15 @@ def crop(tensors: list[tuple[Tensor, int]], size: int, generator: torch.Generato
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny Stage B.")
-    parser.add_argument("--pool", type=Path, required=True, help="directory of the rendered pictures")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints and the result")
-    parser.add_argument("--steps", type=int, default=26_000)
-    parser.add_argument("--until", type=int, default=None, help="stop at this step; run again to go on")
-    given = parser.parse_args(arguments)
+    given = parse("Train the tiny Stage B.", 26_000, arguments)
     stage_a, _ = load(given.out / "stage_a.safetensors", expect="stage_a")
     encoder, _ = load(given.out / "latent_encoder.safetensors", expect="latent_encoder")
-    text, _ = load(given.out / "text_encoder.safetensors", expect="text_encoder")
+    text, _ = load(given.out / "text_encoder.safetensors", expect="text_encoder", device=given.device)
     targets = stage_a_latents(given.pool, stage_a, given.out / "latents_a.npy", PICTURES)
     conditions = stage_c_latents(given.pool, encoder, given.out / "latents_c.npy", EXTRA_SCENES)
     captions = CaptionSampler(text, caption_tokens(given.pool, given.out / "tokens.npy", EXTRA_SCENES))
     torch.manual_seed(0)
-    model = StageB(**STAGE_B).train()
+    model = StageB(**STAGE_B).train().to(given.device)
     patch = model.patch_size
     weight = adaptive_weight()
 
@@ -80,14 +73,13 @@ def main(arguments: list[str] | None = None) -> None:
         if not whole:
             tokens = STAGE_B_SIZE // patch
             condition = F.interpolate(condition, size=(tokens, tokens), mode="bilinear", align_corners=True)
-            latent, noise, condition = crop(
-                [(latent, patch), (noise, patch), (condition, 1)], CROP // patch, generator
-            )
+            latent, noise, condition = crop([(latent, patch), (noise, patch), (condition, 1)], CROP // patch, generator)
+        latent, noise, condition = (part.to(given.device) for part in (latent, noise, condition))
         return diffusion_loss(lambda x, r: model(x, r, condition, pooled), latent, noise, generator, weight)
 
     config = LoopConfig(given.steps, lr=1.5e-3, warmup=300, ema_decay=0.998, log_every=100, save_every=500)
     trainer = Trainer(model, loss, config, given.out / "stage_b.run.safetensors", weight)
-    trainer.run(given.until, log=lambda line: print(line, flush=True))
+    trainer.run(log=log)
     with trainer.averaged():
         save_part(model, given.out / "stage_b.safetensors", "stage_b", STAGE_B)
 

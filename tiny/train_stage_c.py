@@ -1,12 +1,9 @@
 """Train the tiny Stage C on cached latents and captions.
 
-    python -m stable_cascade_nodes.tiny.train_stage_c --pool DIR --out DIR
+    python -m stable_cascade_nodes.tiny.train_stage_c --out DIR
 
 Needs the finished text encoder and latent encoder in ``--out``; from step ``IMAGE_FROM`` on also the image encoder.
 """
-
-import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +19,7 @@ from ..cascade_ops.training.loop import LoopConfig, Trainer
 from .family import IMAGE_WIDTH, STAGE_C
 from .latents import caption_tokens, image_embeddings, stage_c_latents, take
 from .publish import save_part
+from .recipe import log, parse
 
 BATCH = 64
 EXTRA_SCENES = 30_000
@@ -63,29 +61,25 @@ class CaptionSampler:
         lengths = (ids == self.empty[-1]).int().argmax(dim=1) + 1
         longest = ids.shape[1] if full_length else int(lengths.max())
         mask = torch.arange(longest) < lengths[:, None]
-        hidden, pooled = self.encoder.encode_tokens(ids[:, :longest], mask.long())
+        device = self.encoder.device
+        hidden, pooled = self.encoder.encode_tokens(ids[:, :longest].to(device), mask.long().to(device))
         return hidden, pooled[:, None]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny Stage C.")
-    parser.add_argument("--pool", type=Path, required=True, help="directory of the rendered pictures")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints and the result")
-    parser.add_argument("--steps", type=int, default=8_000)
-    parser.add_argument("--until", type=int, default=None, help="stop at this step; run again to go on")
-    given = parser.parse_args(arguments)
+    given = parse("Train the tiny Stage C.", 8_000, arguments)
     encoder, _ = load(given.out / "latent_encoder.safetensors", expect="latent_encoder")
-    text, _ = load(given.out / "text_encoder.safetensors", expect="text_encoder")
+    text, _ = load(given.out / "text_encoder.safetensors", expect="text_encoder", device=given.device)
     latents = stage_c_latents(given.pool, encoder, given.out / "latents_c.npy", EXTRA_SCENES)
     captions = CaptionSampler(text, caption_tokens(given.pool, given.out / "tokens.npy", EXTRA_SCENES))
     torch.manual_seed(0)
-    model = StageC(**STAGE_C).train()
+    model = StageC(**STAGE_C).train().to(given.device)
     weight = adaptive_weight()
     pictures: list[np.ndarray] = []
 
     def loss(step: int, generator: torch.Generator):
         index = torch.randint(len(latents), (BATCH,), generator=generator)
-        latent = take(latents, index)
+        latent = take(latents, index).to(given.device)
         share = torch.rand(BATCH, generator=generator)
         hidden, pooled = captions(
             index, (share < TEXT) | (share >= TEXT + PICTURE) & (share < TEXT + PICTURE + BOTH),
@@ -97,12 +91,12 @@ def main(arguments: list[str] | None = None) -> None:
                 pictures.append(image_embeddings(given.pool, given.out))
             seen = (share >= TEXT) & (share < TEXT + PICTURE + BOTH) & (index < len(pictures[0]))
             image[seen, 0] = take(pictures[0], index[seen])
-        noise = torch.randn(latent.shape, generator=generator)
+        noise, image = torch.randn(latent.shape, generator=generator).to(given.device), image.to(given.device)
         return diffusion_loss(lambda x, r: model(x, r, hidden, pooled, image), latent, noise, generator, weight)
 
     config = LoopConfig(given.steps, lr=2e-3, warmup=300, ema_decay=0.998, log_every=100, save_every=500)
     trainer = Trainer(model, loss, config, given.out / "stage_c.run.safetensors", weight)
-    trainer.run(given.until, log=lambda line: print(line, flush=True))
+    trainer.run(log=log)
     with trainer.averaged():
         save_part(model, given.out / "stage_c.safetensors", "stage_c", STAGE_C)
 

@@ -123,8 +123,7 @@ class TimestepBlock(nn.Module):
         """
         mappers = [self.mapper, *(getattr(self, f"mapper_{cond}") for cond in self.conds)]
         modulation = sum(
-            mapper(embedding.to(mapper.weight.dtype))
-            for mapper, embedding in zip(mappers, embeddings, strict=True)
+            mapper(embedding.to(mapper.weight.dtype)) for mapper, embedding in zip(mappers, embeddings, strict=True)
         )
         scale, shift = modulation.chunk(2, dim=-1)
         return torch.cat([1 + scale, shift], dim=-1)[:, :, None, None, :]

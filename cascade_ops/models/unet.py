@@ -125,9 +125,7 @@ class CascadeUNet(nn.Module):
             return nn.ModuleList(nn.Conv2d(c_hidden[level], c_hidden[level], 1) for _ in range(repeat - 1))
 
         up_levels = list(reversed(range(levels)))
-        self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(patch_size), nn.Conv2d(c_in * patch_size**2, c_hidden[0], 1)
-        )
+        self.embedding = nn.Sequential(nn.PixelUnshuffle(patch_size), nn.Conv2d(c_in * patch_size**2, c_hidden[0], 1))
         self.down_blocks = nn.ModuleList(level_blocks(i, blocks[0][i], 0) for i in range(levels))
         self.down_downscalers = nn.ModuleList(
             nn.Identity() if i == 0 else nn.Sequential(nn.Identity(), downscaler(i)) for i in range(levels)
@@ -137,8 +135,7 @@ class CascadeUNet(nn.Module):
             level_blocks(level, blocks[1][i], 0 if i == 0 else c_hidden[level]) for i, level in enumerate(up_levels)
         )
         self.up_upscalers = nn.ModuleList(
-            nn.Identity() if level == 0 else nn.Sequential(nn.Identity(), upscaler(level))
-            for level in up_levels
+            nn.Identity() if level == 0 else nn.Sequential(nn.Identity(), upscaler(level)) for level in up_levels
         )
         self.up_repeat_mappers = nn.ModuleList(
             repeat_mappers(level, repeats[1][i]) for i, level in enumerate(up_levels)

@@ -89,7 +89,7 @@ class LatentEncoderObjective(nn.Module):
         labels = F.interpolate(batch.labels.float(), size=size, mode="nearest-exact").long()
         drawn = sum(F.cross_entropy(logits, labels[:, k]) for k, logits in enumerate(maps)) / len(maps)
         targets = cell_labels(batch.labels, latent.shape[-2:], self.classes)
-        cells, right = torch.zeros(()), {}
+        cells, right = latent.new_zeros(()), {}
         for k, logits in enumerate(self.cells(latent).split(self.classes, dim=1)):
             target = targets[:, k]
             cells = cells + F.cross_entropy(logits, target) / len(self.classes)

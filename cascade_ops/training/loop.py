@@ -121,7 +121,8 @@ class Trainer:
                 loss, figures = self.loss(self.step, step_generator(config.seed, self.step))
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"The loss at step {self.step} is {loss.item()}; resume {self.checkpoint} with a lower learning rate."
+                    f"The loss at step {self.step} is {loss.item()}, expected a number: "
+                    f"resume {self.checkpoint} with a lower learning rate."
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -188,8 +189,10 @@ class Trainer:
         if self.state is not None:
             self.state.load_state_dict(part("state."))
         for name, parameter in self.parameters.items():
+            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            # The step counter stays on the CPU, where AdamW keeps it.
             self.optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
 
 
@@ -204,7 +207,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     with safe_open(str(path), "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a mapping
 
 
 def write_json(value, path: Path) -> None:
