@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from stable_cascade_nodes.cascade_ops.tokenizer import default_tokenizer, pad_tokens
 from stable_cascade_nodes.cascade_ops.training.clip import (
     AttributeHeads,
-    Schedule,
     contrastive_loss,
-    fit,
     mean_state,
     retrieval_at_1,
     scale_penalty,
 )
+from stable_cascade_nodes.cascade_ops.training.loop import LoopConfig, Trainer
 from stable_cascade_nodes.tiny import train_clip
 from stable_cascade_nodes.tiny.captions import Description, caption_full, describe
 from stable_cascade_nodes.tiny.drawing import POSITION_NAMES, random_scene
@@ -67,64 +65,6 @@ def test_mean_state_and_scale_penalty():
     unit = torch.tensor([[1.0], [-1.0]]) / math.sqrt(2)
     assert scale_penalty(unit).item() == pytest.approx(0, abs=1e-6)
     assert scale_penalty(unit + 2).item() == pytest.approx(4, rel=1e-5)
-
-
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    schedule = Schedule(steps=110, learning_rate=2.0, warmup=10)
-    assert schedule.rate(0) == pytest.approx(0.2)
-    assert schedule.rate(10) == pytest.approx(2.0)
-    assert schedule.rate(60) == pytest.approx(1.0)
-    assert schedule.rate(110) == pytest.approx(0.0)
-
-
-def regression(seed=0):
-    torch.manual_seed(seed)
-    model = nn.Linear(4, 1)
-
-    def loss_of_step(step):
-        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-        return (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
-
-    return model, loss_of_step
-
-
-def test_fit_learns_and_reports():
-    model, loss_of_step = regression()
-    reports = []
-    fit(model, loss_of_step, Schedule(100, 0.1, warmup=5), every=40, report=lambda *r: reports.append(r))
-    assert [done for done, _ in reports] == [40, 80, 100]
-    assert reports[-1][1] < 0.05 * reports[0][1]
-    assert not model.training
-
-
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
-    schedule = Schedule(30, 0.1, warmup=5)
-    whole, loss_of_step = regression()
-    fit(whole, loss_of_step, schedule)
-
-    class Interruption(Exception):
-        pass
-
-    broken, loss_of_step = regression()
-
-    def interrupted(step):
-        if step == 17:
-            raise Interruption
-        return loss_of_step(step)
-
-    with pytest.raises(Interruption):
-        fit(broken, interrupted, schedule, checkpoint=tmp_path / "state.safetensors", every=5)
-    resumed, loss_of_step = regression(seed=1)
-    steps = []
-
-    def counted(step):
-        steps.append(step)
-        return loss_of_step(step)
-
-    fit(resumed, counted, schedule, checkpoint=tmp_path / "state.safetensors", every=5)
-    assert steps == list(range(15, 30))
-    assert torch.equal(resumed.weight, whole.weight)
-    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 def some_scenes(count, **options):
@@ -219,12 +159,13 @@ def test_a_saved_text_encoder_gives_the_same_states_at_full_length(tmp_path, voc
     assert torch.allclose(pooled, short, atol=1e-5)
 
 
-def test_the_text_objective_makes_attributes_readable(vocabulary):
+def test_the_text_objective_makes_attributes_readable(vocabulary, tmp_path):
     objective = train_clip.text_objective(vocabulary)
     rng = np.random.default_rng(0)
     batch = train_clip._text_batch(vocabulary, some_scenes(8), rng, full=0.5)
     ids, mask, positions, order_free, in_order = batch
-    fit(objective, lambda step: objective.loss(*batch), Schedule(40, 3e-3, warmup=5))
+    config = LoopConfig(40, lr=3e-3, warmup=5, ema_decay=0.0)
+    Trainer(objective, lambda *step: (objective.loss(*batch), {}), config, tmp_path / "run.safetensors").run()
     with torch.no_grad():
         pooled, states = objective.read(ids, mask, positions)
     assert objective.pooled_heads.accuracy(pooled, order_free)["all"] == 1
@@ -236,7 +177,7 @@ def test_text_training_writes_the_encoder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_clip, "text_accuracy", lambda *a: {"summary": a[2:]})
     train_clip.main(["text", "--out", str(tmp_path), "--steps", "1"])
     out = capsys.readouterr().out
-    assert "text 1/1" in out
+    assert "step 1/1" in out
     assert "held_out" in out
     objective, vocabulary = train_clip.load_text(tmp_path / "text_encoder.safetensors")
     fresh = train_clip.text_objective(vocabulary)
@@ -251,8 +192,8 @@ def test_image_training_and_evaluation_run_from_a_pool(tmp_path, vocabulary, cap
     out = tmp_path / "out"
     out.mkdir()
     train_clip.save_text(out / "text_encoder.safetensors", train_clip.text_objective(vocabulary), vocabulary)
-    train_clip.train_image(out, tmp_path / "pool", steps=2, batch=8)
-    assert "image 2/2" in capsys.readouterr().out
+    train_clip.train_image(out, tmp_path / "pool", steps=2)
+    assert "step 2/2" in capsys.readouterr().out
     with safe_open(out / "image_encoder.safetensors", framework="pt") as file:
         assert file.metadata()["cascade.stage"] == "image_encoder"
         assert file.get_slice("text_to_image_projection.weight").get_shape() == [96, 128]

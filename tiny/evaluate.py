@@ -123,7 +123,7 @@ def psnr(pictures: np.ndarray, truth: np.ndarray) -> float:
     return float((-10 * np.log10(np.maximum(error.mean(axis=(1, 2, 3)), 1e-9))).mean())
 
 
-def test_scenes(count: int, split: str, objects: int) -> list[Scene]:
+def measured_scenes(count: int, split: str, objects: int) -> list[Scene]:
     """The first ``count`` scenes of a split with 1 or 2 objects, the same at every call."""
     rng = np.random.default_rng([SEED, objects])
     return [random_scene(rng, split, objects) for _ in range(count)]
@@ -160,8 +160,8 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int, side: int = 128)
 
 def measure(family: Family, count: int, samples: Path | None = None) -> dict[str, dict[str, float]]:
     """All measures of a family, by name."""
-    one, two = test_scenes(count, "test", 1), test_scenes(count // 2, "test", 2)
-    held_out = test_scenes(count // 2, "held_out", 1)
+    one, two = measured_scenes(count, "test", 1), measured_scenes(count // 2, "test", 2)
+    held_out = measured_scenes(count // 2, "held_out", 1)
     truth = np.stack([render(scene, IMAGE_SIZE) for scene in one])
     results = {"drawn pictures (the checker's ceiling)": shares(one, truth)}
     pictures = {

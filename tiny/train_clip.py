@@ -5,7 +5,7 @@
     python -m stable_cascade_nodes.tiny.train_clip evaluate --out DIR --pool POOL
 
 `text` needs no pictures: it learns from scenes and the captions of them. `image` learns from the pool against the
-finished text encoder. Both write `DIR/<name>.safetensors` (float32) and go on from `DIR/<name>.state.safetensors`
+finished text encoder. Both write `DIR/<name>.safetensors` (float32) and go on from `DIR/<name>.run.safetensors`
 when they are interrupted.
 
 The vocabulary of the text encoder is CLIP's own; the file holds only the rows of the tokens that captions use, with
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -26,22 +25,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..cascade_ops.training.clip import (
     ImageObjective,
-    Schedule,
     Targets,
     TextObjective,
-    fit,
     mean_state,
     retrieval_at_1,
 )
+from ..cascade_ops.training.loop import LoopConfig, Trainer, read_tensors, write_tensors
 from .captions import Description, caption, caption_full, describe
 from .drawing import COLOURS, PATTERNS, POSITION_NAMES, SHAPES, SIZES, Scene, SceneObject, random_scene
 from .pool import open_pool
+from .recipe import default_device, log
 
 TEXT_CONFIG = {
     "vocab_size": 49408,
@@ -70,6 +67,8 @@ IMAGE_CONFIG = {
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
+TEXT_STEPS, TEXT_BATCH = 2400, 64
+IMAGE_STEPS, IMAGE_BATCH = 1600, 128
 TEXT_FILE, IMAGE_FILE = "text_encoder.safetensors", "image_encoder.safetensors"
 _UNNAMED = "unnamed"
 _NONE = "none"
@@ -202,28 +201,23 @@ def _text_batch(vocabulary: CompactVocabulary, scenes: list[Scene], rng: np.rand
     return *tokens, order_free, in_order
 
 
-def train_text(out: Path, *, steps: int = 2400, batch: int = 64) -> None:
+def train_text(out: Path, *, steps: int = TEXT_STEPS, device: str = "cpu") -> None:
     """Train the text encoder on training scenes and write it."""
-    out.mkdir(parents=True, exist_ok=True)
     vocabulary = CompactVocabulary.of_captions()
-    objective = text_objective(vocabulary)
-    started = time.monotonic()
+    objective = text_objective(vocabulary).to(device)
 
-    def loss_of_step(step: int) -> Tensor:
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([1, step])
         # Captions of two objects are the harder half, so they are as frequent as captions of one.
-        scenes = [random_scene(rng, objects=1 + index % 2) for index in range(batch)]
-        return objective.loss(*_text_batch(vocabulary, scenes, rng, full=0.15))
+        scenes = [random_scene(rng, objects=1 + index % 2) for index in range(TEXT_BATCH)]
+        batch = _text_batch(vocabulary, scenes, rng, full=0.15)
+        return objective.loss(*on_device(batch, device)), {}
 
-    def report(done: int, loss: float) -> None:
-        print(f"text {done}/{steps} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        print(f"  {text_accuracy(objective, vocabulary, 'test', 512)['summary']}", flush=True)
-        objective.train()
-        save_text(out / TEXT_FILE, objective, vocabulary)
-
-    fit(objective, loss_of_step, Schedule(steps), checkpoint=_state(out, TEXT_FILE), report=report)
+    Trainer(objective.train(), loss, _loop(steps), out / "text_encoder.run.safetensors").run(log=log)
+    objective.cpu()
+    save_text(out / TEXT_FILE, objective, vocabulary)
     for split in ("test", "held_out"):
-        print(split, json.dumps(text_accuracy(objective, vocabulary, split, 2000)), flush=True)
+        log(f"{split} {json.dumps(text_accuracy(objective, vocabulary, split, 2000))}")
 
 
 @torch.no_grad()
@@ -254,7 +248,7 @@ def save_text(path: Path, objective: TextObjective, vocabulary: CompactVocabular
 
 def load_text(path: Path) -> tuple[TextObjective, CompactVocabulary]:
     """Read a file of `save_text`; the heads are fresh."""
-    tensors = _load(path)
+    tensors = read_tensors(path)[0]
     vocabulary = CompactVocabulary(tensors.pop("token_rows").tolist())
     objective = text_objective(vocabulary)
     objective.model.load_state_dict(tensors)
@@ -297,7 +291,7 @@ def embed_texts(objective: TextObjective, vocabulary: CompactVocabulary, texts: 
     return torch.cat([objective.read(*collate([vocabulary.rows(t) for t in c], end, rng))[0] for c in chunks])
 
 
-def train_image(out: Path, pool: Path, *, steps: int = 2500, batch: int = 128) -> None:
+def train_image(out: Path, pool: Path, *, steps: int = IMAGE_STEPS, device: str = "cpu") -> None:
     """Train the image encoder on the pool against the text encoder in `out`, and write it."""
     pictures, entries = open_pool(pool, "train")
     pictures = resized_pictures(pictures, out / "train_224.npy")
@@ -306,25 +300,36 @@ def train_image(out: Path, pool: Path, *, steps: int = 2500, batch: int = 128) -
     text, vocabulary = load_text(out / TEXT_FILE)
     per_scene = [[entry["caption"], *entry["captions"]] for entry in entries]
     texts = embed_texts(text, vocabulary, [t for group in per_scene for t in group]).unflatten(0, (len(scenes), -1))
-    objective = image_objective()
-    started = time.monotonic()
+    objective = image_objective().to(device)
+    batch = min(IMAGE_BATCH, len(scenes))
 
-    def loss_of_step(step: int) -> Tensor:
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         # One pass over the pool after another, each in an order of its own.
         epoch, offset = divmod(step * batch, len(scenes) - len(scenes) % batch)
-        chosen = np.random.default_rng([2, epoch]).permutation(len(scenes))[offset : offset + batch]
+        chosen = np.sort(np.random.default_rng([2, epoch]).permutation(len(scenes))[offset : offset + batch])
         rng = np.random.default_rng([3, step])
-        pixels = _degraded(normalise_pixels(pictures[np.sort(chosen)]), rng)
-        chosen = torch.from_numpy(np.sort(chosen))
+        pixels = _degraded(normalise_pixels(pictures[chosen]), rng)
+        index = torch.from_numpy(chosen)
         which = torch.from_numpy(rng.integers(0, texts.shape[1], size=batch))
-        return objective.loss(pixels, texts[chosen, which], {name: v[chosen] for name, v in targets.items()})
+        given = pixels, texts[index, which], {name: v[index] for name, v in targets.items()}
+        return objective.loss(*on_device(given, device)), {}
 
-    def report(done: int, loss: float) -> None:
-        print(f"image {done}/{steps} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
-        save_image(out / IMAGE_FILE, objective)
-        print(f"  {evaluate(out, pool)}", flush=True)
+    Trainer(objective.train(), loss, _loop(steps), out / "image_encoder.run.safetensors").run(log=log)
+    save_image(out / IMAGE_FILE, objective.cpu())
+    log(json.dumps(evaluate(out, pool)))
 
-    fit(objective, loss_of_step, Schedule(steps), checkpoint=_state(out, IMAGE_FILE), report=report)
+
+def _loop(steps: int) -> LoopConfig:
+    return LoopConfig(steps, lr=1e-3, warmup=50, ema_decay=0.0, save_every=250)
+
+
+def on_device(batch, device: str):
+    """Tensors, and tuples and dicts of them, moved to a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {name: on_device(value, device) for name, value in batch.items()}
+    return tuple(on_device(value, device) for value in batch)
 
 
 def _degraded(pixels: Tensor, rng: np.random.Generator) -> Tensor:
@@ -346,7 +351,7 @@ def evaluate(out: Path, pool: Path) -> dict[str, float]:
     """Retrieval@1 of 256 on the test pool, with the canonical captions."""
     pictures, entries = open_pool(pool, "test")
     pictures = resized_pictures(pictures, out / "test_224.npy")
-    tensors = _load(out / IMAGE_FILE)
+    tensors = read_tensors(out / IMAGE_FILE)[0]
     projection = tensors.pop("text_to_image_projection.weight")
     objective = image_objective()
     objective.model.load_state_dict(tensors)
@@ -358,20 +363,9 @@ def evaluate(out: Path, pool: Path) -> dict[str, float]:
     return {"retrieval@1 of 256": round(retrieval_at_1(torch.cat(images), texts), 4)}
 
 
-def _state(out: Path, name: str) -> Path:
-    return out / name.replace(".safetensors", ".state.safetensors")
-
-
 def _save(path: Path, tensors: dict[str, Tensor], stage: str, config: dict) -> None:
     metadata = {"cascade.stage": stage, "cascade.config": json.dumps(config), "cascade.name": "tiny"}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    write_tensors(tensors, path, metadata)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -380,15 +374,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the encoders and checkpoints")
     parser.add_argument("--pool", type=Path, help="directory of the pool of pictures")
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's own number")
+    parser.add_argument("--device", default=default_device(), help="where to train; default: %(default)s")
     given = parser.parse_args(arguments)
-    steps = {"steps": given.steps} if given.steps else {}
-    if given.task == "text":
-        train_text(given.out, **steps)
-        return
-    if given.pool is None:
+    if given.task != "text" and given.pool is None:
         parser.error(f"{given.task} needs --pool, the directory that tiny.pool wrote")
-    if given.task == "image":
-        train_image(given.out, given.pool, **steps)
+    if given.task == "text":
+        train_text(given.out, steps=given.steps or TEXT_STEPS, device=given.device)
+    elif given.task == "image":
+        train_image(given.out, given.pool, steps=given.steps or IMAGE_STEPS, device=given.device)
     else:
         print(json.dumps(evaluate(given.out, given.pool)))
 

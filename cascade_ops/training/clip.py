@@ -12,15 +12,9 @@ Nothing here knows what the attributes are: a target is a dict from an attribute
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Targets = dict[str, Tensor]
@@ -140,87 +134,3 @@ class ImageObjective(nn.Module):
         embeds = self.model(pixels).image_embeds
         contrast = contrastive_loss(embeds, self.text_to_image_projection(text_embeds), self.logit_scale)
         return contrast + self.heads.loss(embeds, targets) + 0.01 * scale_penalty(embeds)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """AdamW with a linear warm-up and a cosine to zero over `steps` optimiser steps."""
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    weight_decay: float = 0.01
-    clip: float = 1.0
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-
-def fit(
-    module: nn.Module,
-    loss_of_step: Callable[[int], Tensor],
-    schedule: Schedule,
-    *,
-    checkpoint: Path | None = None,
-    every: int = 250,
-    report: Callable[[int, float], None] | None = None,
-) -> None:
-    """Train the parameters of `module` on `loss_of_step(step)`, from the checkpoint on where there is one.
-
-    `loss_of_step` must draw its batch from the step's number alone, so that a resumed run sees what an unbroken one
-    sees. `report(steps done, mean loss since the last report)` is called every `every` steps and at the end.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    start = load_training_state(checkpoint, module, optimiser) if checkpoint and checkpoint.exists() else 0
-    module.train()
-    losses: list[float] = []
-    for step in range(start, schedule.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate(step)
-        loss = loss_of_step(step)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, schedule.clip)
-        optimiser.step()
-        losses.append(loss.item())
-        done = step + 1
-        if done % every == 0 or done == schedule.steps:
-            if checkpoint:
-                save_training_state(checkpoint, module, optimiser, done)
-            if report:
-                report(done, sum(losses) / len(losses))
-            losses.clear()
-    module.eval()
-
-
-def save_training_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
-    """Write parameters, buffers and the optimiser's tensors to one safetensors file, atomically."""
-    tensors = {f"module.{name}": value.contiguous() for name, value in module.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"step": str(step)})
-    os.replace(partial, path)
-
-
-def load_training_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Restore what `save_training_state` wrote and return the number of steps done."""
-    state: dict[int, dict[str, Tensor]] = {}
-    weights: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            kind, name = key.split(".", 1)
-            if kind == "module":
-                weights[name] = file.get_tensor(key)
-            else:
-                index, field = name.split(".", 1)
-                state.setdefault(int(index), {})[field] = file.get_tensor(key)
-    module.load_state_dict(weights)
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return step

@@ -189,11 +189,13 @@ class Trainer:
         if self.state is not None:
             self.state.load_state_dict(part("state."))
         for name, parameter in self.parameters.items():
-            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            # The step counter stays on the CPU, where AdamW keeps it.
-            self.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors]
+            if keys:  # a parameter that the loss does not reach has none
+                state = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+                # The step counter stays on the CPU, where AdamW keeps it.
+                self.optimizer.state[parameter] = state | {
+                    key: state[key].to(parameter.device) for key in keys if key != "step"
+                }
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
