@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     pictures, _ = open_pool(given.pool, "train")
     test, _ = open_pool(given.pool, "test")
     torch.manual_seed(0)
-    model = StageA(**STAGE_A).to(given.device)
+    model = StageA(**STAGE_A).to(given.device).eval()
     # The published gates start at zero, which would leave the mixing blocks out; small values let them learn.
     for name, parameter in model.named_parameters():
         if name.endswith("gammas"):
