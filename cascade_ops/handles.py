@@ -6,7 +6,7 @@ import copy
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class StageHandle:
     """
 
     stage: str
-    module: nn.Module | TextEncoder
+    module: Any
     info: FileInfo
     name: str
 

@@ -64,7 +64,7 @@ class CascadePipeline:
         unknown = sorted(set(chosen) - set(_STAGES))
         if unknown:
             raise ValueError(f"The source names {unknown[0]!r}, expected stages out of {', '.join(_STAGES)}.")
-        files_of = _files_of(AUTO if chosen else source)
+        files_of = _files_of(AUTO if isinstance(source, Mapping) else source)
         handles = {}
         for stage in _STAGES:
             if stage in chosen:

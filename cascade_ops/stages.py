@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class SamplingSettings:
     guidance_from: float = 1.0
     guidance_until: float = 0.0
     rescale: float = 0.7
-    rescale_over: str = "image"
+    rescale_over: Literal["image", "batch"] = "image"
 
     def for_model(self, handle: StageHandle) -> SamplingSettings:
         """These settings with the model's own guidance and shift in place of 0."""

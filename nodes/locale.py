@@ -17,6 +17,8 @@ def node_texts() -> dict[str, Any]:
     """Titles, descriptions, names and tooltips of all nodes, in ComfyUI's form."""
     from .. import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
+    nodes: dict[str, Any] = NODE_CLASS_MAPPINGS
+
     return {
         name: {
             "display_name": NODE_DISPLAY_NAME_MAPPINGS[name],
@@ -31,7 +33,7 @@ def node_texts() -> dict[str, Any]:
                 for slot, (label, tooltip) in enumerate(zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True))
             },
         }
-        for name, node in NODE_CLASS_MAPPINGS.items()
+        for name, node in nodes.items()
     }
 
 

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest_plugins = ["conditions"]
+
 TEXT_WIDTH, POOLED_WIDTH = 64, 32
 DEFAULTS_C = {"width": 128, "height": 96, "guidance": 3.0, "steps": 20, "shift": 1.5}
 DEFAULTS_B = {"guidance": 1.2, "steps": 10, "shift": 1.0}

@@ -94,6 +94,7 @@ def test_broken_and_foreign_files_are_passed_over(tmp_path, small_family):
     module = StageC(c_cond=8, c_hidden=(48, 48), nhead=(1, 1), blocks=((1, 1), (1, 1)))
     save_file(module.state_dict(), tmp_path / "unknown.safetensors")
     assert recognise(str(tmp_path / "unknown.safetensors")).unknown == ("nhead",)
+    assert part_of(str(tmp_path / "unknown.safetensors"), "stage_c") is None
     (tmp_path / "folder.safetensors").mkdir()
     found = listed(*sorted(tmp_path.iterdir()), tmp_path / "missing.safetensors", small_family.paths["stage_c"])
     assert best("stage_c", lambda stage: found).name == "c.safetensors"

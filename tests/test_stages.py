@@ -259,12 +259,15 @@ def test_image_of_a_batch_is_the_image_of_its_own_seed(handles, texts):
     assert (batch[0] - batch[1]).abs().max() > 1e-2
 
 
-def test_batch_index_picks_the_seeds(run_c, handles):
+def test_batch_index_picks_the_seeds(run_c, run_b, prior, handles):
     three = run_c(stages.empty_latent(handles["stage_c"], 100, 100, 3)).samples
     single = stages.empty_latent(handles["stage_c"], 100, 100)
     last = run_c(replace(single, batch_index=(2,)))
     assert torch.allclose(last.samples, three[2:], rtol=1e-4, atol=1e-3)
     assert last.to_wire()["batch_index"] == [2]
+    second = run_b(replace(prior, samples=prior.samples[1:], batch_index=(1,)))
+    assert torch.allclose(second.samples, run_b().samples[1:], rtol=1e-4, atol=1e-3)
+    assert second.batch_index == (1,)
     with pytest.raises(ValueError, match="2 numbers"):
         run_c(replace(single, batch_index=(0, 1)))
 

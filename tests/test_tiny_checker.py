@@ -42,7 +42,7 @@ def test_a_strong_blur_costs_little():
     rng = np.random.default_rng(12)
     drawn = [random_scene(rng, "train", 1) for _ in range(60)]
     right = [score(scene, read_picture(blurred(6)(render(scene))))["all"] for scene in drawn]
-    assert np.mean(right) >= 0.9
+    assert np.mean(right) >= 0.97
 
 
 def item(shape="circle", colour="red", size="small", x=0.25, y=0.25):

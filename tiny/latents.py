@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cascade_ops.checkpoints import load
 from ..cascade_ops.models import LatentEncoder, StageA
 from ..cascade_ops.models.effnet import normalize_imagenet
 from ..cascade_ops.tokenizer import default_tokenizer, pad_tokens
 from .drawing import render
 from .family import IMAGE_SIZE, as_images, encoder_input
 from .pool import CAPTIONS_PER_SCENE, open_pool, pool_scene
-from .train_clip import normalise_pixels, resized_pictures
 
 _CHUNK = 64
 
@@ -76,19 +74,6 @@ def stage_a_latents(pool: Path, model: StageA, path: Path, count: int) -> np.nda
             yield model.encode(as_images(pictures[start : min(start + _CHUNK, count)]))[0].half().numpy()
 
     return cached(path, make)
-
-
-def image_embeddings(pool: Path, folder: Path) -> np.ndarray:
-    """CLIP image embeddings float16 ``[N, 96]`` of the training pool, by the finished encoder in ``folder``."""
-
-    @torch.inference_mode()
-    def make() -> Iterator[np.ndarray]:
-        encoder, _ = load(folder / "image_encoder.safetensors", expect="image_encoder")
-        pictures = resized_pictures(open_pool(pool, "train")[0], folder / "train_224.npy")
-        for start in range(0, len(pictures), _CHUNK):
-            yield encoder(normalise_pixels(pictures[start : start + _CHUNK])).image_embeds.half().numpy()
-
-    return cached(folder / "image_embeddings.npy", make)
 
 
 def take(array: np.ndarray, index: Tensor) -> Tensor:

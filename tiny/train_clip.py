@@ -68,7 +68,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 TEXT_STEPS, TEXT_BATCH = 2400, 64
-IMAGE_STEPS, IMAGE_BATCH = 1600, 128
+IMAGE_STEPS, IMAGE_BATCH = 3500, 128
 TEXT_FILE, IMAGE_FILE = "text_encoder.safetensors", "image_encoder.safetensors"
 _UNNAMED = "unnamed"
 _NONE = "none"
@@ -348,19 +348,26 @@ def save_image(path: Path, objective: ImageObjective) -> None:
 
 
 def evaluate(out: Path, pool: Path) -> dict[str, float]:
-    """Retrieval@1 of 256 on the test pool, with the canonical captions."""
+    """Retrieval@1 of 256 on the test pool, with the canonical captions.
+
+    Of the pictures that share a caption only the first counts: no caption could choose between them.
+    """
     pictures, entries = open_pool(pool, "test")
     pictures = resized_pictures(pictures, out / "test_224.npy")
+    first = {entry["caption"]: index for index, entry in reversed(list(enumerate(entries)))}
+    chosen = sorted(first.values())
+    captions = [entries[index]["caption"] for index in chosen]
+    group = min(256, len(chosen))
     tensors = read_tensors(out / IMAGE_FILE)[0]
     projection = tensors.pop("text_to_image_projection.weight")
     objective = image_objective()
     objective.model.load_state_dict(tensors)
     text, vocabulary = load_text(out / TEXT_FILE)
-    texts = embed_texts(text, vocabulary, [entry["caption"] for entry in entries]) @ projection.T
-    chunks = range(0, len(pictures), 256)
+    texts = embed_texts(text, vocabulary, captions) @ projection.T
+    chunks = (chosen[start : start + 256] for start in range(0, len(chosen), 256))
     with torch.no_grad():
-        images = [objective.model.eval()(normalise_pixels(pictures[i : i + 256])).image_embeds for i in chunks]
-    return {"retrieval@1 of 256": round(retrieval_at_1(torch.cat(images), texts), 4)}
+        images = [objective.model.eval()(normalise_pixels(pictures[chunk])).image_embeds for chunk in chunks]
+    return {f"retrieval@1 of {group}": round(retrieval_at_1(torch.cat(images), texts, group), 4)}
 
 
 def _save(path: Path, tensors: dict[str, Tensor], stage: str, config: dict) -> None:
