@@ -10,8 +10,8 @@ than the picture on each side:
    latent. It adds the detail.
 4. Stage A (``models.stage_a``), an autoencoder, decodes that to pixels, 4 on each side for every latent cell.
 
-The way back exists too: ``models.effnet`` encodes a picture to a Stage C latent, and ``models.previewer`` decodes one to
-a small picture. ``models.controlnet`` turns a picture into a steer for Stage C.
+The way back exists too: ``models.effnet`` encodes a picture to a Stage C latent, and ``models.previewer`` decodes one
+to a small picture. ``models.controlnet`` turns a picture into a steer for Stage C.
 
 Read ``stages`` first: the chain as five functions. Below it lie ``denoisers`` (a network with its conditions),
 ``diffusion`` (noise levels, samplers, guidance), ``models`` (the networks) and ``checkpoints`` (which file is what).

@@ -23,13 +23,12 @@ from .catalog import AUTO, BUNDLED, STAGE_FOLDERS, FilesOf, ModelFile, best, bun
 from .checkpoints.errors import STAGE_TITLES
 from .diffusion import StepInfo
 from .handles import StageHandle, load_stage
+from .model_folders import find_model, list_models, roots_from_environment
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
-# Names that ComfyUI used before for some of its model folders.
-_FORMER_FOLDERS = {"diffusion_models": "unet", "text_encoders": "clip"}
 
 PipelineCallback = Callable[[str, StepInfo], None]
 
@@ -142,13 +141,12 @@ def _files_of(source: str | os.PathLike[str]) -> FilesOf:
             raise ValueError(f"{folder} is no folder: give 'auto', 'tiny', a folder with model files, or a mapping.")
         learned = folder / "embeddings" if (folder / "embeddings").is_dir() else folder
         return lambda stage: _files_below(learned if stage == "embeddings" else folder)
-    named = os.environ.get("CASCADE_MODELS", "").split(os.pathsep)
-    roots = [Path("models"), *(Path(name).expanduser() for name in named if name)]
+    roots = [Path("models"), *roots_from_environment()]
 
     def files_of(stage: str) -> list[ModelFile]:
         folders = STAGE_FOLDERS.get(stage, (stage,))
-        names = [name for folder in folders for name in (folder, _FORMER_FOLDERS.get(folder)) if name]
-        return [file for name in names for root in roots for file in _files_below(root / name)]
+        names = [(folder, name) for folder in folders for name in list_models(roots, folder)]
+        return [ModelFile(name, find_model(roots, folder, name)) for folder, name in names]
 
     return files_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..nodes.model_folders import find_model, list_models
+from ..cascade_ops.model_folders import find_model, list_models
 from ..nodes.runtime import release_unused_memory
 from .folders import DataFolders
 from .progress import ProgressBar, running_node

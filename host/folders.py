@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..nodes.model_folders import roots_from_environment
+from ..cascade_ops.model_folders import roots_from_environment
 
 
 class DataFolders:

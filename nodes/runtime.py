@@ -4,7 +4,7 @@ Nodes call the functions of this module and import nothing of a host. Who answer
 
 1. the backend of the host that is running the node (the embedded host sets it, see `using` and `use`);
 2. ComfyUI, where it has been imported in this process;
-3. plain Python: CPU or CUDA, no progress report, models under `CASCADE_MODELS` or `./models`.
+3. plain Python: CPU or CUDA, no progress report, models under `./models` and `CASCADE_MODELS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .model_folders import MODEL_FOLDERS, find_model, list_models, roots_from_environment
+from ..cascade_ops.model_folders import MODEL_FOLDERS, find_model, list_models, roots_from_environment
 from .runtime_comfyui import ComfyUIBackend
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class PlainBackend:
 
     @staticmethod
     def _roots() -> list[Path]:
-        return roots_from_environment() or [Path("models").absolute()]
+        return [Path("models").absolute(), *roots_from_environment()]
 
 
 class _SilentProgress:

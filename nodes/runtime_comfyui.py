@@ -7,7 +7,7 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .model_folders import FORMER_NAMES
+from ..cascade_ops.model_folders import FORMER_NAMES
 
 if TYPE_CHECKING:
     import torch

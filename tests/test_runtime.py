@@ -117,7 +117,7 @@ def test_using_holds_for_its_own_thread_only(tmp_path):
     assert seen == [os.path.abspath("output")]
 
 
-def test_without_a_host_models_come_from_the_environment_or_the_current_folder(tmp_path, monkeypatch):
+def test_without_a_host_models_come_from_the_current_folder_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CASCADE_MODELS", raising=False)
     (tmp_path / "models" / "vae").mkdir(parents=True)
@@ -129,7 +129,8 @@ def test_without_a_host_models_come_from_the_environment_or_the_current_folder(t
         (tmp_path / name / "vae" / "sub" / f"{name}.safetensors").write_bytes(b"")
         (tmp_path / name / "vae" / "both.safetensors").write_text(name)
     monkeypatch.setenv("CASCADE_MODELS", os.pathsep.join([str(tmp_path / "one"), str(tmp_path / "two")]))
-    assert runtime.model_files("vae") == ["both.safetensors", "sub/one.safetensors", "sub/two.safetensors"]
+    found = ["both.safetensors", "here.safetensors", "sub/one.safetensors", "sub/two.safetensors"]
+    assert runtime.model_files("vae") == found
     assert runtime.model_path("vae", "both.safetensors") == str(tmp_path / "one" / "vae" / "both.safetensors")
     assert runtime.model_path("vae", "sub\\two.safetensors").endswith("two.safetensors")
 
