@@ -21,6 +21,7 @@ from stable_cascade_nodes.tiny.evaluate import (
 )
 from stable_cascade_nodes.tiny.family import WEIGHTS, as_images
 from stable_cascade_nodes.tiny.publish import PARTS
+from stable_cascade_nodes.tiny.retrieval import retrieval
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,10 @@ def test_stage_a_alone(family, scenes):
     truth = np.stack([render(scene) for scene in scenes[:8]])
     decoded = family.stage_a.decode(family.stage_a.encode(as_images(truth))[0])
     assert psnr(as_pictures(decoded), truth) >= 33
+
+
+def test_captions_find_their_pictures():
+    assert retrieval(WEIGHTS, groups=1) >= 0.9
 
 
 def test_measured_scenes_are_no_training_scenes():

@@ -21,6 +21,8 @@ from stable_cascade_nodes.cascade_ops.training.loop import LoopConfig, Trainer
 from stable_cascade_nodes.tiny import train_clip
 from stable_cascade_nodes.tiny.captions import Description, caption_full, describe
 from stable_cascade_nodes.tiny.drawing import POSITION_NAMES, random_scene
+from stable_cascade_nodes.tiny.pool import build_pool
+from stable_cascade_nodes.tiny.retrieval import distinct_scenes, retrieval
 
 
 def test_contrastive_loss_by_hand():
@@ -184,11 +186,8 @@ def test_text_training_writes_the_encoder(tmp_path, capsys, monkeypatch):
     assert not torch.equal(objective.model.text_projection.weight, fresh.model.text_projection.weight)
 
 
-def test_image_training_and_evaluation_run_from_a_pool(tmp_path, vocabulary, capsys):
-    from stable_cascade_nodes.tiny.pool import build_pool, open_pool
-
-    for split, count in (("train", 16), ("test", 256)):
-        build_pool(tmp_path / "pool", count, split=split, size=32, jobs=1)
+def test_image_training_runs_from_a_pool(tmp_path, vocabulary, capsys):
+    build_pool(tmp_path / "pool", 16, size=32, jobs=1)
     out = tmp_path / "out"
     out.mkdir()
     train_clip.save_text(out / "text_encoder.safetensors", train_clip.text_objective(vocabulary), vocabulary)
@@ -198,11 +197,12 @@ def test_image_training_and_evaluation_run_from_a_pool(tmp_path, vocabulary, cap
         assert file.metadata()["cascade.stage"] == "image_encoder"
         assert file.get_slice("text_to_image_projection.weight").get_shape() == [96, 128]
         assert file.get_slice("visual_projection.weight").get_shape() == [96, 128]
-    captions = [entry["caption"] for entry in open_pool(tmp_path / "pool", "test")[1]]
-    assert len(set(captions)) < len(captions)
-    result = train_clip.evaluate(out, tmp_path / "pool")
-    assert list(result) == [f"retrieval@1 of {len(set(captions))}"]
-    assert 0 <= result.popitem()[1] < 0.2
+    assert retrieval(out, groups=1) < 0.2  # two steps teach nothing: what is found is found by chance
+
+
+def test_retrieval_is_asked_with_captions_that_tell_pictures_apart():
+    captions = [caption_full(scene) for scene in distinct_scenes(64)]
+    assert len(set(captions)) == 64
 
 
 def test_pixels_are_normalised_as_clip_does():

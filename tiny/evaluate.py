@@ -29,6 +29,7 @@ from .captions import caption_full
 from .checker import read_picture, score
 from .drawing import Scene, random_scene, render
 from .family import IMAGE_SIZE, STAGE_B_SIZE, STAGE_C_SIZE, WEIGHTS, as_images, encoder_input
+from .retrieval import retrieval
 
 BATCH = 25
 SEED = 4_000
@@ -158,8 +159,9 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int, side: int = 128)
     return sheet
 
 
-def measure(family: Family, count: int, samples: Path | None = None) -> dict[str, dict[str, float]]:
-    """All measures of a family, by name."""
+def measure(weights: Path, count: int, samples: Path | None = None) -> dict[str, dict[str, float]]:
+    """All measures of the family in a folder, by name."""
+    family = Family.load(weights)
     one, two = measured_scenes(count, "test", 1), measured_scenes(count // 2, "test", 2)
     held_out = measured_scenes(count // 2, "held_out", 1)
     truth = np.stack([render(scene, IMAGE_SIZE) for scene in one])
@@ -182,6 +184,7 @@ def measure(family: Family, count: int, samples: Path | None = None) -> dict[str
             for i in range(0, len(half), BATCH)
         ]
     results["Stage A alone"] = {"psnr": psnr(np.concatenate(decoded), half)}
+    results["CLIP retrieval@1 of 256"] = {"all": retrieval(weights)}
     if samples is not None:
         samples.mkdir(parents=True, exist_ok=True)
         for name, group in pictures.items():
@@ -216,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file for the table")
     given = parser.parse_args(arguments)
     started = time.monotonic()
-    results = measure(Family.load(given.weights), given.count, given.samples)
+    results = measure(given.weights, given.count, given.samples)
     text = table(results)
     print(text)
     print(f"{time.monotonic() - started:.0f} s")

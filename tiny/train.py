@@ -49,7 +49,7 @@ RECIPE = {
     "test_pool": Part(pool("test", 2_000), (), "pool/test.npy"),
     "latent_encoder": Part(stage("latent_encoder"), ("train_pool",), "latent_encoder.safetensors"),
     "stage_a": Part(stage("stage_a"), ("train_pool", "test_pool"), "stage_a.safetensors"),
-    "image_encoder": Part(clip("image"), ("train_pool", "test_pool", "text_encoder"), "image_encoder.safetensors"),
+    "image_encoder": Part(clip("image"), ("train_pool", "text_encoder"), "image_encoder.safetensors"),
     "stage_c": Part(stage("stage_c"), ("latent_encoder", "text_encoder"), "stage_c.safetensors"),
     "stage_b": Part(stage("stage_b"), ("latent_encoder", "text_encoder", "stage_a"), "stage_b.safetensors"),
 }

@@ -2,7 +2,6 @@
 
     python -m stable_cascade_nodes.tiny.train_clip text --out DIR
     python -m stable_cascade_nodes.tiny.train_clip image --out DIR --pool POOL
-    python -m stable_cascade_nodes.tiny.train_clip evaluate --out DIR --pool POOL
 
 `text` needs no pictures: it learns from scenes and the captions of them. `image` learns from the pool against the
 finished text encoder. Both write `DIR/<name>.safetensors` (float32) and go on from `DIR/<name>.run.safetensors`
@@ -32,7 +31,6 @@ from ..cascade_ops.training.clip import (
     Targets,
     TextObjective,
     mean_state,
-    retrieval_at_1,
 )
 from ..cascade_ops.training.loop import LoopConfig, Trainer, read_tensors, write_tensors
 from .captions import Description, caption, caption_full, describe
@@ -316,7 +314,6 @@ def train_image(out: Path, pool: Path, *, steps: int = IMAGE_STEPS, device: str 
 
     Trainer(objective.train(), loss, _loop(steps), out / "image_encoder.run.safetensors").run(log=log)
     save_image(out / IMAGE_FILE, objective.cpu())
-    log(json.dumps(evaluate(out, pool)))
 
 
 def _loop(steps: int) -> LoopConfig:
@@ -347,50 +344,25 @@ def save_image(path: Path, objective: ImageObjective) -> None:
     _save(path, tensors, "image_encoder", IMAGE_CONFIG)
 
 
-def evaluate(out: Path, pool: Path) -> dict[str, float]:
-    """Retrieval@1 of 256 on the test pool, with the canonical captions.
-
-    Of the pictures that share a caption only the first counts: no caption could choose between them.
-    """
-    pictures, entries = open_pool(pool, "test")
-    pictures = resized_pictures(pictures, out / "test_224.npy")
-    first = {entry["caption"]: index for index, entry in reversed(list(enumerate(entries)))}
-    chosen = sorted(first.values())
-    captions = [entries[index]["caption"] for index in chosen]
-    group = min(256, len(chosen))
-    tensors = read_tensors(out / IMAGE_FILE)[0]
-    projection = tensors.pop("text_to_image_projection.weight")
-    objective = image_objective()
-    objective.model.load_state_dict(tensors)
-    text, vocabulary = load_text(out / TEXT_FILE)
-    texts = embed_texts(text, vocabulary, captions) @ projection.T
-    chunks = (chosen[start : start + 256] for start in range(0, len(chosen), 256))
-    with torch.no_grad():
-        images = [objective.model.eval()(normalise_pixels(pictures[chunk])).image_embeds for chunk in chunks]
-    return {f"retrieval@1 of {group}": round(retrieval_at_1(torch.cat(images), texts, group), 4)}
-
-
 def _save(path: Path, tensors: dict[str, Tensor], stage: str, config: dict) -> None:
     metadata = {"cascade.stage": stage, "cascade.config": json.dumps(config), "cascade.name": "tiny"}
     write_tensors(tensors, path, metadata)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train or evaluate the CLIP towers of the tiny family.")
-    parser.add_argument("task", choices=("text", "image", "evaluate"))
+    parser = argparse.ArgumentParser(description="Train the CLIP towers of the tiny family.")
+    parser.add_argument("task", choices=("text", "image"))
     parser.add_argument("--out", type=Path, required=True, help="directory of the encoders and checkpoints")
     parser.add_argument("--pool", type=Path, help="directory of the pool of pictures")
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's own number")
     parser.add_argument("--device", default=default_device(), help="where to train; default: %(default)s")
     given = parser.parse_args(arguments)
-    if given.task != "text" and given.pool is None:
-        parser.error(f"{given.task} needs --pool, the directory that tiny.pool wrote")
     if given.task == "text":
         train_text(given.out, steps=given.steps or TEXT_STEPS, device=given.device)
-    elif given.task == "image":
-        train_image(given.out, given.pool, steps=given.steps or IMAGE_STEPS, device=given.device)
+    elif given.pool is None:
+        parser.error("image needs --pool, the directory that tiny.pool wrote")
     else:
-        print(json.dumps(evaluate(given.out, given.pool)))
+        train_image(given.out, given.pool, steps=given.steps or IMAGE_STEPS, device=given.device)
 
 
 if __name__ == "__main__":
