@@ -50,7 +50,10 @@ def list_models(roots: Iterable[Path], folder: str) -> list[str]:
             names.update(
                 Path(directory, name).relative_to(base).as_posix()
                 for name in files
-                if name.lower().endswith(MODEL_SUFFIXES) and not name.startswith(".")
+                if name.lower().endswith(MODEL_SUFFIXES)
+                and not name.startswith(".")
+                # Leaves out links whose file is gone, which would make `auto` fail.
+                and os.path.isfile(os.path.join(directory, name))
             )
     return sorted(names)
 

@@ -161,6 +161,14 @@ def test_a_link_that_points_upwards_ends(tmp_path):
     assert HostBackend(DataFolders(tmp_path)).model_files("vae") == ["sub/a.safetensors"]
 
 
+def test_a_link_to_a_file_that_is_gone_is_not_listed(tmp_path):
+    folder = tmp_path / "models" / "vae"
+    folder.mkdir(parents=True)
+    (folder / "a.safetensors").write_bytes(b"")
+    os.symlink(tmp_path / "gone.safetensors", folder / "dangling.safetensors")
+    assert HostBackend(DataFolders(tmp_path)).model_files("vae") == ["a.safetensors"]
+
+
 @pytest.mark.parametrize(
     "name", ["missing.safetensors", "../secret.safetensors", "/etc/passwd", "..\\secret.safetensors"]
 )

@@ -75,14 +75,15 @@ def test_each_attribute_is_scored_on_its_own():
     }
     for wrong, other in changes.items():
         result = score(other, reading)
-        assert [name for name, right in result.items() if not right] in ([wrong, "all"], ["background", "all"])
+        missed = ["background", "background colour"] if wrong == "background" else [wrong]
+        assert [name for name, right in result.items() if not right] == [*missed, "all"]
         assert result[wrong] is False
 
 
 def test_a_wrong_number_of_objects():
     two = scene_of(item(), item("star", "yellow", x=0.75, y=0.75))
     missing = score(two, read_picture(render(scene_of(item()))))
-    assert missing == dict.fromkeys(missing, False) | {"background": True}
+    assert missing == dict.fromkeys(missing, False) | {"background": True, "background colour": True}
     extra = score(scene_of(item()), read_picture(render(two)))
     assert extra["count"] is False
     assert extra["all"] is False
@@ -109,7 +110,7 @@ def test_an_empty_picture_has_no_objects():
     reading = read_picture(np.full((64, 64, 3), COLOURS["green"], dtype=np.uint8))
     assert reading == Reading("green", "plain", "", ())
     result = score(scene_of(item(), background="green"), reading)
-    assert [name for name, right in result.items() if right] == ["background"]
+    assert [name for name, right in result.items() if right] == ["background", "background colour"]
 
 
 @pytest.mark.parametrize("horizontal", [True, False])
@@ -118,7 +119,13 @@ def test_patterned_backgrounds_are_named(pattern, horizontal):
     drawn = scene_of(item(colour="green"), background="white", pattern=pattern, second="purple", horizontal=horizontal)
     reading = read_picture(render(drawn))
     assert (reading.pattern, {reading.background, reading.second}) == (pattern, {"white", "purple"})
-    assert score(replace(drawn, pattern="plain", second=""), reading)["background"] is False
+    plain = score(replace(drawn, pattern="plain", second=""), reading)
+    assert plain["background"] is False
+    assert plain["background colour"] is False  # the second colour is not in that scene
+    plain_reading = replace(reading, pattern="plain", second="")
+    missed_pattern = score(drawn, plain_reading)
+    assert missed_pattern["background"] is False
+    assert missed_pattern["background colour"] is True
 
 
 def test_every_named_colour_is_its_own_nearest():

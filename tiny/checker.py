@@ -78,11 +78,19 @@ def read_picture(picture: np.ndarray) -> Reading:
 def score(scene: Scene, reading: Reading) -> dict[str, bool]:
     """Which of background, count, colour, shape, size and position are right, and `all`.
 
+    `background` asks for the pattern and both of its colours; `background colour` only that no colour is read in the
+    background that the scene does not have there, whatever the pattern. `all` asks for the former.
     An attribute of the objects is right where every object of the scene has it, objects matched so that most agrees.
     """
     kind = scene.pattern == reading.pattern
     background = kind and {scene.background, scene.second} == {reading.background, reading.second}
-    result = {"background": background, "count": len(reading.objects) == len(scene.objects)}
+    named = {scene.background, scene.second} - {""}
+    read = {reading.background, reading.second} - {""}
+    result = {
+        "background": background,
+        "background colour": read <= named,
+        "count": len(reading.objects) == len(scene.objects),
+    }
     fields = ("colour", "shape", "size", "position")
     best = dict.fromkeys(fields, False)
     missing: list[ObjectReading | None] = [None] * max(len(scene.objects) - len(reading.objects), 0)

@@ -33,7 +33,7 @@ from .retrieval import retrieval
 
 BATCH = 25
 SEED = 4_000
-ATTRIBUTES = ("background", "count", "colour", "shape", "size", "position", "all")
+ATTRIBUTES = ("background", "background colour", "count", "colour", "shape", "size", "position", "all")
 
 
 @dataclass(frozen=True)
