@@ -6,6 +6,7 @@ found is remembered by path, time and size. A file that cannot be read, or that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -47,12 +48,15 @@ def bundled(stage: str) -> ModelFile:
 
 
 def fingerprint(path: str) -> str:
-    """Changes when the file does: path, time of change and size; says so where it is missing."""
+    """Changes when the file does: a hash of path, time of change and size; ``missing`` where it is not there.
+
+    ComfyUI writes what ``IS_CHANGED`` answers into every picture that it saves, where a path would tell of its user.
+    """
     try:
         status = os.stat(path)
     except OSError:
-        return f"{path}: missing"
-    return f"{path}: {status.st_mtime_ns} {status.st_size}"
+        return "missing"
+    return hashlib.sha256(f"{path}: {status.st_mtime_ns} {status.st_size}".encode()).hexdigest()
 
 
 def recognise(path: str) -> FileInfo | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from ..cascade_ops import catalog
@@ -76,4 +77,9 @@ def _files_of(stage: str) -> list[ModelFile]:
 
 
 def _files_in(folder: str) -> list[ModelFile]:
-    return [ModelFile(name, runtime.model_path(folder, name)) for name in runtime.model_files(folder)]
+    found = []
+    for name in runtime.model_files(folder):
+        # ComfyUI lists links whose file is gone too; they must not make `auto` fail.
+        with contextlib.suppress(ValueError):
+            found.append(ModelFile(name, runtime.model_path(folder, name)))
+    return found

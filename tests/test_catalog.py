@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from stable_cascade_nodes.cascade_ops import catalog
 from stable_cascade_nodes.cascade_ops.catalog import BUNDLED, ModelFile, best, best_checkpoint, part_of, recognise
 from stable_cascade_nodes.cascade_ops.models import StageC
+from stable_cascade_nodes.nodes import files, runtime
 
 
 def listed(*paths):
@@ -122,20 +123,36 @@ def test_what_was_found_is_remembered_until_the_file_changes(tmp_path, small_fam
     path.write_bytes(small_family.paths["previewer"].read_bytes())
     assert recognise(str(path)) == "looked again"
     assert catalog.fingerprint(str(path)) != before
+    assert str(tmp_path) not in before  # hosts write it into the pictures that they save
     path.unlink()
-    assert catalog.fingerprint(str(path)).endswith("missing")
+    assert catalog.fingerprint(str(path)) == "missing"
     catalog._known.pop(str(path))
 
 
 def test_combined_checkpoint_must_hold_all_parts(combined):
     assert part_of(str(combined["c.safetensors"]), "previewer").stage == "previewer"
-    files = listed(*combined.values())
-    assert best_checkpoint("stage_c", ("text_encoder", "previewer"), files).name == "c.safetensors"
-    assert best_checkpoint("stage_b", ("stage_a",), files).name == "b.safetensors"
-    assert best_checkpoint("stage_b", ("previewer",), files) is None
+    found = listed(*combined.values())
+    assert best_checkpoint("stage_c", ("text_encoder", "previewer"), found).name == "c.safetensors"
+    assert best_checkpoint("stage_b", ("stage_a",), found).name == "b.safetensors"
+    assert best_checkpoint("stage_b", ("previewer",), found) is None
 
 
 def test_embeddings_are_found_with_and_without_suffix():
     find = catalog.embedding_finder([ModelFile("sub\\red.safetensors", "/1"), ModelFile("red.safetensors", "/2")])
     assert find("red") == "/2" and find("red.safetensors") == "/2"
     assert find("sub/red") == "/1" and find("blue") is None
+
+
+def test_a_listed_file_that_is_gone_does_not_stop_auto(tmp_path, small_family):
+    class Listing(runtime.PlainBackend):
+        def model_files(self, folder):
+            return ["gone.safetensors", *super().model_files(folder)]
+
+        @staticmethod
+        def _roots():
+            return [small_family.models]
+
+    with runtime.using(Listing()):
+        assert files.find("stage_c", "auto").path == str(small_family.paths["stage_c"])
+        with pytest.raises(ValueError, match="gone"):
+            files.find("stage_c", "gone.safetensors")

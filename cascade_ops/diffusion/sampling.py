@@ -153,8 +153,8 @@ def sample(
         x = held.at_level(x, levels[-1])
     if not x0.isfinite().all():
         raise ValueError(
-            "Sampling gave a latent with NaN or infinite values, expected finite ones: run the model in bfloat16 or "
-            "float32 (Stage C of 3.6B overflows in float16), or lower the guidance scale."
+            "Sampling gave a latent with NaN or infinite values, expected finite ones: load the model in bfloat16 "
+            "or float32 (some overflow in float16, the 3.6B Stage C among them), or lower the guidance scale."
         )
     return Sampled(x0, x)
 
