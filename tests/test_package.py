@@ -207,6 +207,14 @@ def test_loading_imports_nothing_heavy(loaded_by_comfyui):
     assert heavy & set(loaded_by_comfyui["others"]) == set()
 
 
+def test_pytest_imports_the_package_once_and_under_its_own_name():
+    import stable_cascade_nodes
+
+    files = {stable_cascade_nodes.__file__, str(ROOT / "__init__.py")}
+    names = [name for name, module in sys.modules.items() if getattr(module, "__file__", None) in files]
+    assert names == ["stable_cascade_nodes"]
+
+
 @pytest.mark.parametrize(("setting", "code"), [("1", 1), ("", 0)])
 def test_a_skipped_test_fails_the_run_where_ci_is_set(tmp_path, setting, code):
     shutil.copy(ROOT / "tests" / "conditions.py", tmp_path / "conftest.py")

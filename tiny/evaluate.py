@@ -33,7 +33,17 @@ from .retrieval import retrieval
 
 BATCH = 25
 SEED = 4_000
-ATTRIBUTES = ("background", "background colour", "count", "colour", "shape", "size", "position", "all")
+ATTRIBUTES = (
+    "background",
+    "background colour",
+    "count",
+    "colour",
+    "shape",
+    "colour and shape",
+    "size",
+    "position",
+    "all",
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,8 @@ def as_pictures(images: Tensor) -> np.ndarray:
 def shares(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict[str, float]:
     """Share of the pictures in which the checker finds each attribute right."""
     results = [score(scene, read_picture(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
+    for result in results:
+        result["colour and shape"] = result["colour"] and result["shape"]
     return {name: sum(r[name] for r in results) / len(results) for name in ATTRIBUTES}
 
 

@@ -21,9 +21,9 @@ from .train_stage_c import EXTRA_SCENES, CaptionSampler, adaptive_weight
 
 PICTURES = 16_000
 BATCH = 16
-# Most steps see a quarter of the picture, which costs a quarter; the last ones see all of it.
+# The first steps see a quarter of the picture, which costs a quarter; the others see all of it.
 CROP = STAGE_B_SIZE // 2
-FULL_FROM = 0.64
+FULL_FROM = 0.5
 FULL_BATCH = 6
 # Stage C's latents are not perfect when sampled; a noised condition is what keeps Stage B from trusting every digit.
 LARGEST_CONDITION_NOISE, NOISED_SHARE, DROPPED_SHARE = 0.25, 0.6, 0.1
@@ -50,7 +50,7 @@ def crop(tensors: list[tuple[Tensor, int]], size: int, generator: torch.Generato
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse("Train the tiny Stage B.", 34_000, arguments)
+    given = parse("Train the tiny Stage B.", 44_000, arguments)
     stage_a, _ = load(given.out / "stage_a.safetensors", expect="stage_a")
     encoder, _ = load(given.out / "latent_encoder.safetensors", expect="latent_encoder")
     text, _ = load(given.out / "text_encoder.safetensors", expect="text_encoder", device=given.device)
