@@ -21,6 +21,7 @@ from .diffusion import Denoiser, Guidance, StepInfo, draw_noise, noised_start, s
 from .handles import StageHandle
 from .prompt_chunks import FindEmbedding
 from .sizes import stage_b_size, stage_c_size
+from .threads import threads_for
 from .wires import Latent
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class SamplingSettings:
 @torch.no_grad()
 def encode_text(handle: StageHandle, text: str, find_embedding: FindEmbedding | None = None) -> TextCondition:
     """Encode a prompt; see `text.TextEncoder.encode` for weights, length, embeddings and errors."""
-    hidden, pooled = handle.expect("text_encoder").module.encode(text, find_embedding)
+    with threads_for(handle):
+        hidden, pooled = handle.expect("text_encoder").module.encode(text, find_embedding)
     return TextCondition(hidden.cpu(), pooled.cpu())
 
 
@@ -187,7 +189,8 @@ def decode_stage_a(handle: StageHandle, latent: Latent, callback: Callable[[int]
     height, width = latent.stage_b_pixels()
     pictures = []
     for samples in latent.samples.split(1):
-        picture = model.decode(samples.to(handle.device))
+        with threads_for(handle):
+            picture = model.decode(samples.to(handle.device))
         pictures.append(_as_pictures(picture[..., :height, :width]))
         if callback is not None:
             callback(len(pictures))
@@ -250,20 +253,21 @@ def _sample(
     x = draw_noise(generators, start.shape, handle.device)
     if settings.start < 1:
         x = noised_start(start, x, settings.start, settings.shift)
-    result = sample(
-        denoiser,
-        x,
-        steps=settings.steps,
-        sampler=settings.sampler,
-        shift=settings.shift,
-        t_start=settings.start,
-        t_end=settings.end,
-        guidance=settings._guidance(),
-        generators=generators,
-        clean=None if latent.mask is None else start,
-        mask=latent.mask,
-        callback=callback,
-    )
+    with threads_for(handle):
+        result = sample(
+            denoiser,
+            x,
+            steps=settings.steps,
+            sampler=settings.sampler,
+            shift=settings.shift,
+            t_start=settings.start,
+            t_end=settings.end,
+            guidance=settings._guidance(),
+            generators=generators,
+            clean=None if latent.mask is None else start,
+            mask=latent.mask,
+            callback=callback,
+        )
     return result.latent.cpu()
 
 

@@ -363,7 +363,10 @@ def test_conditioning_of_core_nodes(texts):
 def test_wires_round_trip():
     latent = Latent(torch.zeros(2, 16, 3, 3), 100, 90, torch.ones(1, 1, 3, 3), (4, 5), "tiny")
     back = read_latent(latent.to_wire())
-    assert back == replace(latent, samples=back.samples)
+    assert torch.equal(back.samples, latent.samples)
+    assert torch.equal(back.mask, latent.mask)
+    same = {"samples": back.samples, "mask": back.mask}
+    assert vars(back) == vars(latent) | same
     assert list(Latent(torch.zeros(1, 16, 3, 3)).to_wire()) == ["samples"]
     hidden, pooled = torch.zeros(1, 77, 64), torch.zeros(1, 32)
     assert wires.read_condition(wires.write_condition(hidden, pooled), "positive").pooled is pooled
@@ -428,3 +431,20 @@ def test_previews(handles, prior, run_b):
     assert stages.preview_stage_b(handles["stage_a"], torch.zeros(1, 4, 128, 64)).shape == (1, 256, 128, 3)
     picture = stages.to_picture(torch.tensor([[[0.0, 0.5, 1.0]]]))
     assert picture.size == (1, 1) and picture.getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_small_models_run_on_one_thread_and_the_number_comes_back(handles):
+    from stable_cascade_nodes.cascade_ops.threads import threads_for
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(RuntimeError, match="stop"), threads_for(handles["stage_c"]):
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("stop")
+        assert torch.get_num_threads() == 3
+        large = replace(handles["stage_c"], info=replace(handles["stage_c"].info, parameters=10**9))
+        with threads_for(large):
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -202,7 +202,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write tensors as safetensors under a temporary name, then rename: a crash leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial, metadata)
+    partial.write_bytes(save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata))
     os.replace(partial, path)
 
 
