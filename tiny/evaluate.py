@@ -174,8 +174,8 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int, side: int = 128)
 def measure(weights: Path, count: int, samples: Path | None = None) -> dict[str, dict[str, float]]:
     """All measures of the family in a folder, by name."""
     family = Family.load(weights)
-    one, two = measured_scenes(count, "test", 1), measured_scenes(count // 2, "test", 2)
-    held_out = measured_scenes(count // 2, "held_out", 1)
+    one, two = measured_scenes(count, "test", 1), measured_scenes(count, "test", 2)
+    held_out = measured_scenes(count, "held_out", 1)
     truth = np.stack([render(scene, IMAGE_SIZE) for scene in one])
     results = {"drawn pictures (the checker's ceiling)": shares(one, truth)}
     pictures = {
@@ -226,7 +226,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the tiny family on captions it was never trained on.")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with the parts of the family")
-    parser.add_argument("--count", type=int, default=200, help="captions of one object; half as many of the others")
+    parser.add_argument("--count", type=int, default=200, help="captions of each kind; half as many reconstructions")
     parser.add_argument("--samples", type=Path, help="folder for contact sheets")
     parser.add_argument("--out", type=Path, help="file for the table")
     given = parser.parse_args(arguments)
