@@ -23,11 +23,10 @@ _PACKAGE = __package__
 
 @dataclass(frozen=True)
 class Part:
-    """One command of the recipe: a module with its arguments, what it waits for, and the file that says it is done."""
+    """One command of the recipe: a module with its arguments, and the parts that it waits for."""
 
     command: tuple[str, ...]
     needs: tuple[str, ...]
-    result: str
 
 
 def pool(split: str, count: int) -> tuple[str, ...]:
@@ -44,14 +43,14 @@ def stage(name: str) -> tuple[str, ...]:
 
 # The longest chain (latent encoder, then Stages B and C) comes first where there is a choice.
 RECIPE = {
-    "train_pool": Part(pool("train", 30_000), (), "pool/train.npy"),
-    "text_encoder": Part(clip("text"), (), "text_encoder.safetensors"),
-    "test_pool": Part(pool("test", 2_000), (), "pool/test.npy"),
-    "latent_encoder": Part(stage("latent_encoder"), ("train_pool",), "latent_encoder.safetensors"),
-    "stage_a": Part(stage("stage_a"), ("train_pool", "test_pool"), "stage_a.safetensors"),
-    "image_encoder": Part(clip("image"), ("train_pool", "text_encoder"), "image_encoder.safetensors"),
-    "stage_c": Part(stage("stage_c"), ("latent_encoder", "text_encoder"), "stage_c.safetensors"),
-    "stage_b": Part(stage("stage_b"), ("latent_encoder", "text_encoder", "stage_a"), "stage_b.safetensors"),
+    "train_pool": Part(pool("train", 30_000), ()),
+    "text_encoder": Part(clip("text"), ()),
+    "test_pool": Part(pool("test", 2_000), ()),
+    "latent_encoder": Part(stage("latent_encoder"), ("train_pool",)),
+    "stage_a": Part(stage("stage_a"), ("train_pool", "test_pool")),
+    "image_encoder": Part(clip("image"), ("train_pool", "text_encoder")),
+    "stage_c": Part(stage("stage_c"), ("latent_encoder", "text_encoder")),
+    "stage_b": Part(stage("stage_b"), ("latent_encoder", "text_encoder", "stage_a")),
 }
 
 
@@ -74,8 +73,7 @@ def run_part(name: str, out: Path, device: str, threads: int) -> None:
 def train(out: Path, device: str, jobs: int, threads: int) -> None:
     """Run all parts that are not finished, each after the parts that it needs."""
     out.mkdir(parents=True, exist_ok=True)
-    # A pool writes its captions first and its pictures last, so the result says that the part is whole; the encoders
-    # write their result on the way too, so only a marker says that they are.
+    # A part may write files before it is whole; only the marker says that its command ended well.
     done = {name for name in RECIPE if (out / f"{name}.done").exists()}
     running: dict[Future, str] = {}
     with ThreadPoolExecutor(jobs) as workers:

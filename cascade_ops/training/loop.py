@@ -4,7 +4,6 @@ A run depends on its seed alone. The random numbers of step ``n`` come from a ge
 ``n``, so a run that was stopped and resumed draws what an uninterrupted one would have drawn.
 """
 
-import json
 import math
 import os
 import time
@@ -210,10 +209,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     with safe_open(str(path), "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a mapping
-
-
-def write_json(value, path: Path) -> None:
-    """Write JSON under a temporary name, then rename."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(partial, path)
