@@ -1,5 +1,6 @@
 """Stable Cascade as ComfyUI nodes."""
 
+from .nodes import bridge, runtime
 from .nodes.latents import CascadeDecodeStageA, CascadeEmptyLatent, CascadePreviewLatent
 from .nodes.loaders import (
     CascadeLoadCheckpoint,
@@ -41,6 +42,9 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeDecodeStageA": "Cascade: decode Stage A",
     "CascadePreviewLatent": "Cascade: preview latent",
 }
+if runtime.in_comfyui():
+    NODE_CLASS_MAPPINGS |= bridge.NODE_CLASS_MAPPINGS
+    NODE_DISPLAY_NAME_MAPPINGS |= bridge.NODE_DISPLAY_NAME_MAPPINGS
 WEB_DIRECTORY = "./web"
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

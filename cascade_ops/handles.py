@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from .catalog import BUNDLED
 from .checkpoints import FileInfo, inspect_file, load
 from .checkpoints.errors import STAGE_TITLES, shown
 
-if TYPE_CHECKING:
-    from .text import TextEncoder
-
 FIXED_FLOAT16 = "float16 (fixed weights)"
 DTYPES = ("auto", "bfloat16", "float32", "float16", FIXED_FLOAT16)
+
+HostDtype = Callable[[str, int], "torch.dtype | None"]
 
 # The published Stage C of 3.6B overflows in float16; the lite one of 1B does not.
 _OVERFLOWING_PARAMETERS = 2_000_000_000
@@ -31,32 +32,41 @@ class StageHandle:
     """One loaded model. Immutable: nothing changes `module`, and `to` gives another handle.
 
     module: a model of `cascade_ops.models`, or a `TextEncoder`. info: what its file is. name: the file as the user
-    knows it.
+    knows it. runs_on: the device that the layers fetch their weights to when they run; None where the weights stay
+    where they are.
     """
 
     stage: str
     module: Any
     info: FileInfo
     name: str
+    runs_on: torch.device | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The module itself, or the one inside a text encoder."""
+        return self.module if isinstance(self.module, nn.Module) else self.module.module
 
     @property
     def device(self) -> torch.device:
-        return next(_network(self.module).parameters()).device
+        """Where it computes."""
+        return self.runs_on or next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(_network(self.module).parameters()).dtype
+        """What it computes in."""
+        return getattr(self.module, "dtype", None) or next(self.network.parameters()).dtype
 
     @property
     def size_in_bytes(self) -> int:
         """Memory of the weights."""
-        tensors = _network(self.module).state_dict().values()
+        tensors = self.network.state_dict().values()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
     def title(self) -> str:
-        """Stage, size and file in words: ``Stage C 1B lite (stage_c_lite.safetensors)``."""
-        return f"{self.info.title} ({self.name})"
+        """Stage, size and file in words: ``Stage C 1B lite (stage_c_lite.safetensors)``, ``Stage C tiny (bundled)``."""
+        return f"{self.info.title} ({'bundled' if self.name == BUNDLED else self.name})"
 
     @property
     def family(self) -> str:
@@ -83,10 +93,6 @@ class StageHandle:
         return self
 
 
-def _network(module: nn.Module | TextEncoder) -> nn.Module:
-    return module if isinstance(module, nn.Module) else module.module
-
-
 def _copied(module: nn.Module, device: torch.device) -> nn.Module:
     """The module with all weights and buffers on `device`; the original keeps its own."""
     moved: dict[int, object] = {}
@@ -106,11 +112,13 @@ def load_stage(
     run_on: torch.device | str = "cpu",
     resident: bool = False,
     name: str | None = None,
+    host_dtype: HostDtype | None = None,
 ) -> StageHandle:
     """Load the `stage` that a file is or holds.
 
     dtype: one of DTYPES, see `choose_dtype`. run_on: the device it will run on. resident: put the weights there; else
-    they wait in main memory. name: what to call the file in messages.
+    they wait in main memory. name: what to call the file in messages. host_dtype: what a host's settings make of
+    ``auto`` for a stage of so many weights; None where they say nothing.
 
     Raises ValueError (CheckpointError) for a file that is something else or cannot be read, and for float16 where the
     model would overflow.
@@ -118,24 +126,27 @@ def load_stage(
     path = Path(path)
     info = inspect_file(path).component(stage)
     device = torch.empty(0, device=run_on).device
-    chosen = choose_dtype(dtype, info, device)
+    wanted = host_dtype(stage, info.parameters) if host_dtype and dtype == "auto" else None
+    chosen = choose_dtype(dtype, info, device, wanted)
     module, info = load(info, stage, dtype=chosen, device=device if resident else "cpu")
     return StageHandle(stage, module, replace(info, recipes={}), name or shown(path))
 
 
-def choose_dtype(dtype: str, info: FileInfo, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, info: FileInfo, device: torch.device, wanted: torch.dtype | None = None) -> torch.dtype:
     """The dtype to run a model in.
 
     ``auto`` is float32 for small models (below 100 M parameters) and where there is no fast bfloat16 (CPU, older
     GPUs), and bfloat16 on GPUs that have it. On a CPU whose main memory is less than twice the float32 weights, it is
-    bfloat16 too: slow, but it fits.
+    bfloat16 too: slow, but it fits. `wanted`, a host's setting, comes before the rules for devices, but not float16 for
+    a model that overflows in it.
 
     Raises ValueError for an unknown name, and for float16 with a full-size Stage C, whose activations overflow in it.
     ``float16 (fixed weights)`` is for files that were rescaled for float16 and is not refused.
     """
     if dtype not in DTYPES:
         raise ValueError(f"The dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
-    if dtype == "float16" and info.stage == "stage_c" and info.parameters > _OVERFLOWING_PARAMETERS:
+    overflows = info.stage == "stage_c" and info.parameters > _OVERFLOWING_PARAMETERS
+    if dtype == "float16" and overflows:
         raise ValueError(
             f"{shown(info.path)} is {info.title}, whose activations overflow in float16 and give black pictures: "
             f"choose auto, bfloat16 or float32 (or '{FIXED_FLOAT16}' for a file that was rescaled for float16)."
@@ -144,6 +155,8 @@ def choose_dtype(dtype: str, info: FileInfo, device: torch.device) -> torch.dtyp
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype, torch.float16)
     if info.parameters < _SMALL_PARAMETERS:
         return torch.float32
+    if wanted is not None and not (wanted == torch.float16 and overflows):
+        return wanted
     if device.type == "cuda":
         # Older GPUs only emulate bfloat16.
         fast = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Callback = Callable[[StepInfo], None]
 
 # A live preview of Stage B decodes at most this many latent cells a side: a picture of 256 pixels.
-_PREVIEW_CELLS = 64
+PREVIEW_CELLS = 64
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,16 @@ def sample_stage_c(
     *,
     seed: int,
     settings: SamplingSettings,
+    pictures: Tensor | None = None,
+    negative_pictures: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Latent:
-    """From text to the 16-channel latent.
+    """From text, and pictures if there are any, to the 16-channel latent.
 
-    negative: needed unless guidance is 1. latent: gives size and batch; its samples count where `settings.start` is
-    below 1 or where it has a mask, which holds them outside of it. Image i of the batch has the seed ``seed + i``.
+    negative: needed unless guidance is 1. pictures, negative_pictures: CLIP image embeddings ``[1 or B, k, 768]`` that
+    the result should resemble or stay away from; None is a single one of zeros, as in training.
+    latent: gives size and batch; its samples count where `settings.start` is below 1 or where it has a mask, which
+    holds them outside of it. Image i of the batch has the seed ``seed + i``.
     """
     model = handle.expect("stage_c").module
     _check_channels(handle, latent)
@@ -130,7 +134,12 @@ def sample_stage_c(
         if text is not None:
             _check_width(handle, name, text.hidden, widths[0])
             _check_width(handle, f"pooled {name}", text.pooled, widths[1])
-    samples = _sample(handle, StageCDenoiser(model, positive, negative), latent, seed, settings, callback)
+    width = model.clip_img_mapper.in_features
+    images = [torch.zeros(1, 1, width) if given is None else given for given in (pictures, negative_pictures)]
+    for name, image in zip(("picture", "negative picture"), images, strict=True):
+        _check_width(handle, name, image, width)
+    denoiser = StageCDenoiser(model, positive, negative, *images)
+    samples = _sample(handle, denoiser, latent, seed, settings, callback)
     return replace(latent, samples=samples, family=handle.family)
 
 
@@ -210,8 +219,8 @@ def preview_latent(handle: StageHandle, latent: Latent) -> Tensor:
 def preview_stage_b(handle: StageHandle, samples: Tensor) -> Tensor:
     """A small picture of Stage B latents ``[B, 4, h, w]``: shrunk to 64 cells a side at most, then decoded."""
     longest = max(samples.shape[-2:])
-    if longest > _PREVIEW_CELLS:
-        size = [max(1, round(side * _PREVIEW_CELLS / longest)) for side in samples.shape[-2:]]
+    if longest > PREVIEW_CELLS:
+        size = [max(1, round(side * PREVIEW_CELLS / longest)) for side in samples.shape[-2:]]
         samples = torch.nn.functional.interpolate(samples, size=size, mode="area")
     return _as_pictures(handle.expect("stage_a").module.decode(samples.to(handle.device)))
 
@@ -311,7 +320,8 @@ def _check_width(handle: StageHandle, name: str, embedding: Tensor, width: int) 
     if embedding.shape[-1] != width:
         raise ValueError(
             f"The {name} was encoded {embedding.shape[-1]} wide and {handle.title} reads {width}: encode it with the "
-            "text encoder that belongs to this model (1280 wide for the published ones, their own for the tiny ones)."
+            "CLIP model that belongs to it (for the published ones ViT-bigG/14, 1280 wide, reads text and ViT-L/14, "
+            "768 wide, pictures; the tiny ones have their own)."
         )
 
 

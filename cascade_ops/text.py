@@ -30,10 +30,17 @@ class TextEmbedding(NamedTuple):
 class TextEncoder:
     """A CLIP text model with its tokenizer. Immutable: `to` gives another handle."""
 
-    def __init__(self, module: CLIPTextModelWithProjection, tokenizer: ClipTokenizer | None = None):
-        """`module` is in eval mode and on one device; see `from_state_dict`."""
+    def __init__(
+        self,
+        module: CLIPTextModelWithProjection,
+        tokenizer: ClipTokenizer | None = None,
+        runs_on: torch.device | None = None,
+    ):
+        """`module` is in eval mode and on one device, see `from_state_dict`; or its layers fetch their weights to the
+        device that `runs_on` says."""
         self.module = module
         self.tokenizer = tokenizer or default_tokenizer()
+        self._runs_on = runs_on
 
     @classmethod
     def from_state_dict(
@@ -66,7 +73,7 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self.module.text_projection.weight.device
+        return self._runs_on or self.module.text_projection.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,7 +155,10 @@ class TextEncoder:
         tokens = model.embeddings.token_embedding(ids)
         for row, place, vector in vectors:
             tokens[row, place] = vector.to(tokens)
-        hidden = model.embeddings(inputs_embeds=tokens)
+        # The model's own position ids stay behind where its layers fetch their weights.
+        hidden = model.embeddings(
+            inputs_embeds=tokens, position_ids=torch.arange(ids.shape[1], device=self.device)[None]
+        )
         hidden = model.encoder(inputs_embeds=hidden, attention_mask=_attention_bias(mask, hidden.dtype))[0]
         end = (ids == END_TOKEN).int().argmax(1)
         last = model.final_layer_norm(hidden[torch.arange(len(ids), device=self.device), end])

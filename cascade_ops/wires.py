@@ -1,6 +1,9 @@
 """The values that travel between nodes, read into types of this library and written back.
 
 ComfyUI's `LATENT` is `{"samples": [B, C, h, w], ...}` and its `CONDITIONING` is `[[hidden, {"pooled_output": ...}]]`.
+Values on a wire are those of ComfyUI's own nodes, so that either side reads the other's: a Stage C latent as the model
+gives it, a Stage B latent times Stage A's published scale (see `WIRE_SCALE`).
+
 A latent made here also says for which picture it is (`width`, `height` in pixels) and which family of weights made it
 (`cascade_family`). Other nodes may drop these keys or leave them behind on a latent that they resized: they are used
 only where they still fit the samples.
@@ -15,12 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoints.releases import SCALE_FACTOR
 from .denoisers import TextCondition
 from .diffusion import image_generators
 from .sizes import STAGE_A_COMPRESSION, picture_size, stage_b_size, stage_c_size
 
-# What core nodes add to a conditioning and the samplers here cannot follow.
-_REFUSED_CONDITIONS = {
+# What a latent is multiplied by to be put on a wire.
+WIRE_SCALE = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
+
+# What each sampler reads of a conditioning, or may leave unread without loss.
+# Stage B: one conditioning serves both samplers, and pictures act on Stage C alone, which hands their content on in its
+# latent; ComfyUI's Stage B leaves them unread too.
+_READ = {
+    "stage_c": ("pooled_output", "unclip_conditioning"),
+    "stage_b": ("pooled_output", "unclip_conditioning", "stable_cascade_prior"),
+}
+# Words for the most frequent of all the others.
+_REFUSED = {
     "area": "an area",
     "mask": "a mask",
     "strength": "a strength",
@@ -28,8 +42,10 @@ _REFUSED_CONDITIONS = {
     "end_percent": "a range of steps",
     "control": "a ControlNet",
     "gligen": "GLIGEN boxes",
-    "unclip_conditioning": "a picture (unCLIP)",
     "hooks": "hooks",
+    "concat_latent_image": "a picture for inpainting models",
+    "reference_latents": "reference pictures",
+    "stable_cascade_prior": "a Stage C latent for Stage B",
 }
 
 
@@ -37,7 +53,8 @@ _REFUSED_CONDITIONS = {
 class Latent:
     """Latents of a batch of pictures.
 
-    samples: float32 ``[B, C, h, w]``. width, height: pixels of the picture that was asked for, None if not known.
+    samples: float32 ``[B, C, h, w]``, as the models give and take them.
+    width, height: pixels of the picture that was asked for, None if not known.
     mask: ``[n, 1, H, W]`` of any size, 1 where to sample. batch_index: which image of its seed's batch each one is;
     None counts from 0. family: ``tiny``, ``release`` or an empty string for weights that are neither.
     """
@@ -75,9 +92,9 @@ class Latent:
             )
         return [image_generators(seed + index, 1)[0] for index in self.batch_index]
 
-    def to_wire(self) -> dict[str, Any]:
-        """The value for a `LATENT` output."""
-        wire: dict[str, Any] = {"samples": self.samples}
+    def to_wire(self, stage: str = "stage_c") -> dict[str, Any]:
+        """The value for a `LATENT` output; `stage` says whose latent it is, ``stage_c`` or ``stage_b``."""
+        wire: dict[str, Any] = {"samples": self.samples * WIRE_SCALE[stage]}
         optional = {
             "width": self.width,
             "height": self.height,
@@ -88,8 +105,8 @@ class Latent:
         return wire | {key: value for key, value in optional.items() if value is not None}
 
 
-def read_latent(wire: Mapping[str, Any]) -> Latent:
-    """Read a `LATENT`; ValueError for a value of another kind."""
+def read_latent(wire: Mapping[str, Any], stage: str = "stage_c") -> Latent:
+    """Read a `LATENT` of `stage` (``stage_c`` or ``stage_b``); ValueError for a value of another kind."""
     samples = wire.get("samples") if isinstance(wire, Mapping) else None
     if not isinstance(samples, Tensor) or samples.ndim != 4:
         found = f"samples of shape {list(samples.shape)}" if isinstance(samples, Tensor) else type(wire).__name__
@@ -99,7 +116,7 @@ def read_latent(wire: Mapping[str, Any]) -> Latent:
         )
     index = wire.get("batch_index")
     return Latent(
-        samples.float(),
+        samples.float() / WIRE_SCALE[stage],
         wire.get("width"),
         wire.get("height"),
         wire.get("noise_mask"),
@@ -108,11 +125,66 @@ def read_latent(wire: Mapping[str, Any]) -> Latent:
     )
 
 
-def read_condition(wire: Any, name: str) -> TextCondition:
-    """Read a `CONDITIONING`; `name` is the input's, for messages.
+def read_condition(wire: Any, name: str, stage: str = "stage_c") -> TextCondition:
+    """Read the text of a `CONDITIONING` for the sampler of `stage`; `name` is the input's, for messages.
 
     Raises ValueError for several entries, a missing pooled text, and additions that would have no effect here.
     """
+    hidden, options = _only_entry(wire, name)
+    unread = [key for key, value in options.items() if value is not None and key not in _READ[stage]]
+    if unread:
+        words = ", ".join(f"{_REFUSED[key]} ('{key}')" if key in _REFUSED else f"'{key}'" for key in unread)
+        raise ValueError(
+            f"The conditioning of '{name}' carries {words}, which has no effect on Stable Cascade here: remove the "
+            "nodes that add it."
+        )
+    pooled = options.get("pooled_output")
+    if pooled is None:
+        raise ValueError(
+            f"The conditioning of '{name}' has no pooled text ('pooled_output'), which Stable Cascade reads: use "
+            "'Cascade: encode text', or a CLIP loader of the type stable_cascade."
+        )
+    return TextCondition(hidden, pooled)
+
+
+def read_pictures(wire: Any, name: str) -> Tensor | None:
+    """Read the pictures of a `CONDITIONING` as image embeddings ``[1, k, 768]``; None where there are none.
+
+    ComfyUI's unCLIPConditioning gives each CLIP vision output with a strength, which scales its embeddings; the
+    pictures of all of them follow each other.
+
+    Raises ValueError for noise on the embeddings, which Stable Cascade was not made for, and for a CLIP vision model
+    without a projection.
+    """
+    embeddings = []
+    for entry in _only_entry(wire, name)[1].get("unclip_conditioning") or ():
+        if entry.get("noise_augmentation"):
+            raise ValueError(
+                f"A picture in the conditioning of '{name}' has a noise_augmentation of "
+                f"{entry['noise_augmentation']:g}, which Stable Cascade cannot follow: set it to 0 in "
+                "unCLIPConditioning."
+            )
+        embedding = getattr(entry["clip_vision_output"], "image_embeds", None)
+        if embedding is None:
+            raise ValueError(
+                f"A picture in the conditioning of '{name}' has no projected embedding (image_embeds), expected one of "
+                "CLIP ViT-L/14: load that model in the CLIP vision loader."
+            )
+        embeddings.append(embedding.float().reshape(1, -1, embedding.shape[-1]) * entry["strength"])
+    return torch.cat(embeddings, dim=1) if embeddings else None
+
+
+def check_prior(wire: Any, name: str, latent: Latent) -> None:
+    """ValueError where a `CONDITIONING` brings another Stage C latent than `latent`, which is the one that counts."""
+    prior = _only_entry(wire, name)[1].get("stable_cascade_prior")
+    if prior is not None and not torch.equal(prior.to(latent.samples), latent.samples):
+        raise ValueError(
+            f"The conditioning of '{name}' brings a Stage C latent of its own (StableCascade_StageB_Conditioning), "
+            "which is another than the one at 'latent': connect that one to 'latent' and leave the node out."
+        )
+
+
+def _only_entry(wire: Any, name: str) -> tuple[Tensor, Mapping[str, Any]]:
     if not isinstance(wire, (list, tuple)) or not wire:
         raise ValueError(f"The input '{name}' holds no conditioning: connect 'Cascade: encode text'.")
     if len(wire) > 1:
@@ -121,19 +193,7 @@ def read_condition(wire: Any, name: str) -> TextCondition:
             "one prompt, or connect only one of them."
         )
     hidden, options = wire[0]
-    for key, words in _REFUSED_CONDITIONS.items():
-        if options.get(key) is not None:
-            raise ValueError(
-                f"The conditioning of '{name}' carries {words} ('{key}'), which has no effect on Stable Cascade here: "
-                "remove the node that adds it."
-            )
-    pooled = options.get("pooled_output")
-    if pooled is None:
-        raise ValueError(
-            f"The conditioning of '{name}' has no pooled text ('pooled_output'), which Stable Cascade reads: use "
-            "'Cascade: encode text', or a CLIP loader of the type stable_cascade."
-        )
-    return TextCondition(hidden, pooled)
+    return hidden, options
 
 
 def write_condition(hidden: Tensor, pooled: Tensor) -> list:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..cascade_ops.model_folders import find_model, list_models
-from ..nodes.runtime import release_unused_memory
+from ..nodes.runtime import copied_to
 from .folders import DataFolders
 from .progress import ProgressBar, running_node
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from ..cascade_ops.handles import StageHandle
 
 
 class HostBackend:
@@ -20,10 +23,19 @@ class HostBackend:
     def __init__(self, folders: DataFolders) -> None:
         self._folders = folders
 
-    def device(self) -> torch.device:
+    def device(self, stage: str) -> torch.device:
         import torch
 
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def dtype(self, stage: str, parameters: int) -> torch.dtype | None:
+        """These nodes' own rules."""
+
+    def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]:
+        return copied_to([self.device(handle.stage) for handle in handles], handles)
+
+    def shows_previews(self) -> bool:
+        return True
 
     def progress(self, total: int) -> HostProgress:
         return HostProgress(total)
@@ -47,9 +59,6 @@ class HostBackend:
 
     def temp_directory(self) -> str:
         return str(self._folders.temp)
-
-    def free_memory(self, size: int) -> None:
-        release_unused_memory()
 
 
 class HostProgress:

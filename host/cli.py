@@ -1,4 +1,4 @@
-"""The command `cascade`: run a graph, make a picture from a prompt, say what a file is.
+"""The command `cascade`: run a graph, make a picture from a prompt, serve the graph editor, say what a file is.
 
 Heavy libraries are imported by the commands that need them, so that `--help` answers at once.
 """
@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import serve
+from .client import command as submit
+from .problems import describe_problems
+from .terminal import FAILED, INTERRUPTED, OK, interrupting, refuse, say
+
 if TYPE_CHECKING:
     from .engine import Host
-
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 DEMO_PROMPT = "a large red circle on a blue background"
 DEMO_GRAPH = Path(__file__).parents[1] / "workflows" / "api" / "text_to_image.json"
@@ -27,6 +28,8 @@ _EXAMPLES = """examples:
   cascade demo "a green triangle on a white background" --seed 7 --out triangle.png
   cascade run text_to_image.json --set CascadeSampleStageC.seed=7 --set SaveImage.filename_prefix=seven
   cascade run picture.png --data ~/cascade      run the graph that a saved picture carries
+  cascade serve                                 open the graph editor in a browser
+  cascade submit text_to_image.json --server http://127.0.0.1:8188 --out pictures
   cascade inspect stage_c_lite.safetensors      say which stage, size and layout a file is
 
 exit codes: 0 done, 1 the run failed, 2 wrong usage or a graph that cannot run, 130 interrupted
@@ -39,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cascade",
-        description="Run Stable Cascade graphs without ComfyUI.",
+        description="Run Stable Cascade graphs, here or on a server.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="another seed, another picture (default: 0)")
     demo.add_argument("--out", type=Path, default=Path("cascade-demo.png"), metavar="FILE", help="a PNG file")
 
+    serve.add_command(commands)
+    submit.add_command(commands)
+
     inspect = commands.add_parser("inspect", help="say what a checkpoint is", description="Say what a checkpoint is.")
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("file", type=Path, help="a safetensors file or a model folder")
@@ -89,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from .folders import DataFolders
     from .graph import post_order, sources_in
     from .pack import open_host
-    from .prompt_file import read_prompt, read_workflow, set_input, title_of
+    from .prompt_file import read_prompt, read_setting, read_workflow, set_input, title_of
 
     progress: ConsoleProgress | None = None
 
@@ -102,13 +108,16 @@ def _run(arguments: argparse.Namespace) -> int:
         prompt, extra_data = read_prompt(arguments.workflow)
         if arguments.editor_file is not None:
             extra_data.setdefault("extra_pnginfo", {})["workflow"] = read_workflow(arguments.editor_file)
-        for setting in arguments.settings:
-            set_input(prompt, host.registry, setting)
+        declarations = host.registry.declarations()
+        for text in arguments.settings:
+            setting = read_setting(prompt, text)
+            set_input(prompt, setting, declarations.get(setting.class_type))
     except ValueError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     status, answer = host.submit({"prompt": prompt, "extra_data": extra_data, "client_id": "cascade"})
     if status != 200 or answer["node_errors"]:
-        return _refuse(f"{arguments.workflow} cannot run.\n{_explain(answer)}")
+        problems = describe_problems(answer.get("error"), answer["node_errors"])
+        return refuse("\n  ".join([f"{arguments.workflow} cannot run.", *problems]))
 
     outputs = host.queue()[1][0].outputs
     titles = {
@@ -116,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for node_id in post_order(outputs, sources_in(prompt))
     }
     progress = ConsoleProgress(titles, sys.stderr)
-    with _interrupting(host):
+    with interrupting(host.interrupt):
         prompt_id = host.run_next()
     assert prompt_id is not None
     return _report(host, host.history(prompt_id)[prompt_id], titles, show_traceback=arguments.traceback)
@@ -133,11 +142,11 @@ def _report(host: Host, entry: dict[str, Any], titles: dict[str, str], *, show_t
     kind, data = entry["status"]["messages"][-1]
     node = f"node #{data['node_id']} ({titles[data['node_id']]})"
     if kind == "execution_interrupted":
-        _say(f"interrupted in {node}")
+        say(f"interrupted in {node}")
         return INTERRUPTED
     if show_traceback:
         sys.stderr.writelines(data["traceback"])
-    _say(f"{node} failed: {data['exception_message'].strip() or data['exception_type']}")
+    say(f"{node} failed: {data['exception_message'].strip() or data['exception_type']}")
     return FAILED
 
 
@@ -159,7 +168,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         )[0]
         write_png(arguments.out.absolute(), picture, picture_metadata(graph, None))
     except (ValueError, OSError, RuntimeError) as error:
-        _say(str(error))
+        say(str(error))
         return FAILED
     print(arguments.out)
     return OK
@@ -171,47 +180,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     try:
         info = inspect_file(arguments.file)
     except (ValueError, OSError) as error:
-        _say(str(error))
+        say(str(error))
         return FAILED
     print(json.dumps(info.as_dict(), indent=2) if arguments.json else info.describe())
     return OK
-
-
-@contextmanager
-def _interrupting(host: Host) -> Iterator[None]:
-    """Let the first Ctrl-C stop the run at the node's next step, and a second one stop the program."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        host.interrupt()
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _explain(answer: dict[str, Any]) -> str:
-    """The errors of an answer, one per line."""
-    lines = [
-        f"  node #{node_id} ({entry['class_type']}): {error['message']}: {error['details']}"
-        for node_id, entry in answer["node_errors"].items()
-        for error in entry["errors"]
-    ]
-    error = answer.get("error")
-    if error is not None and not lines:
-        lines = [f"  {error['message']} {error['details']}".rstrip()]
-    return "\n".join(lines)
-
-
-def _refuse(message: str) -> int:
-    _say(message)
-    return USAGE
-
-
-def _say(message: str) -> None:
-    print(f"cascade: {message}", file=sys.stderr)
 
 
 def _version() -> str:

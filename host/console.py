@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 _BAR_WIDTH = 24
@@ -16,44 +17,65 @@ class ConsoleProgress:
     """
 
     def __init__(self, titles: dict[str, str], stream: TextIO) -> None:
-        self._titles = titles
+        self._titles = dict(titles)
         self._stream = stream
         self._redraws = stream.isatty()
         self._begun: dict[str, float] = {}
         self._node: str | None = None
 
     def receive(self, kind: str, data: dict[str, Any]) -> None:
+        """Show a message of the executor."""
         if kind == "executing" and data["node"] is not None:
-            self._node = data["node"]
-            self._begun.setdefault(self._node, time.monotonic())
-            self._draw(0, 0)
+            self.begin(data["node"])
         elif kind == "progress":
-            self._draw(data["value"], data["max"])
+            self.advance(data["value"], data["max"])
         elif kind == "progress_state" and self._node is not None:
             if data["nodes"].get(self._node, {}).get("state") == "finished":
-                self._end()
+                self.end(self._node)
         elif kind == "execution_error" and data["exception_type"] == "ExecutionBlocked":
-            self._line(f"{self._titles.get(data['node_id'], data['node_id'])}: {data['exception_message']}")
+            self.say(data["node_id"], data["exception_message"])
         elif kind in ("execution_error", "execution_interrupted"):
-            self._clear()
+            self.clear()
         elif kind == "executed":
             for text in data["output"].get("text", ()):
-                self._line(f"{self._titles.get(data['node'], data['node'])}: {text}")
+                self.say(data["node"], text)
 
     def step(self, node: str, value: int, maximum: int) -> None:
         """Report a step of work that is no graph; the line of `node` ends with its last step."""
         if node != self._node:
-            self.receive("executing", {"node": node})
-        self._draw(value, maximum)
+            self.begin(node)
+        self.advance(value, maximum)
         if value == maximum:
-            self._end()
+            self.end(node)
 
-    def _end(self) -> None:
-        assert self._node is not None
-        self._line(f"{self._heading()}  {time.monotonic() - self._begun[self._node]:.1f} s")
+    def leave_out(self, nodes: Iterable[str]) -> None:
+        """Say that these nodes will not run."""
+        for node in nodes:
+            self._titles.pop(node, None)
+
+    def begin(self, node: str) -> None:
+        self._node = node
+        self._begun.setdefault(node, time.monotonic())
+        self.advance(0, 0)
+
+    def end(self, node: str) -> None:
+        """Write the line of a node that is through; nothing where another one is running."""
+        if node != self._node:
+            return
+        self._line(f"{self._heading()}  {time.monotonic() - self._begun[node]:.1f} s")
         self._node = None
 
-    def _draw(self, value: float, maximum: float) -> None:
+    def say(self, node: str, text: str) -> None:
+        """Write what a node says of itself."""
+        self._line(f"{self._titles.get(node, node)}: {text}")
+
+    def clear(self) -> None:
+        """Take the line that is being redrawn off the terminal."""
+        if self._redraws:
+            self._stream.write("\r\x1b[K")
+
+    def advance(self, value: float, maximum: float) -> None:
+        """Draw how far the running node is."""
         if not self._redraws or self._node is None:
             return
         text = self._heading()
@@ -66,13 +88,9 @@ class ConsoleProgress:
         self._stream.flush()
 
     def _line(self, text: str) -> None:
-        self._clear()
+        self.clear()
         self._stream.write(text + "\n")
         self._stream.flush()
-
-    def _clear(self) -> None:
-        if self._redraws:
-            self._stream.write("\r\x1b[K")
 
     def _heading(self) -> str:
         assert self._node is not None

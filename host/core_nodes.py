@@ -176,11 +176,15 @@ class SaveImage(_PictureOutput):
         return self._save(images, runtime.output_directory(), filename_prefix, "output", chunks, compress_level=4)
 
 
+# How the files of previews begin, in the folder for temporary files.
+PREVIEW_PREFIX = "ComfyUI_temp_"
+
+
 class PreviewImage(_PictureOutput):
     DESCRIPTION = "Shows pictures without keeping them: they go to the temporary folder."
 
     def __init__(self) -> None:
-        self._prefix = "ComfyUI_temp_" + "".join(random.choices(string.ascii_lowercase, k=5))
+        self._prefix = PREVIEW_PREFIX + "".join(random.choices(string.ascii_lowercase, k=5))
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from typing import Any
 from .cache import RunCache
 from .graph import Prompt, constant, links_of
 from .invoke import Lists, accepted, hidden_arguments, map_over_lists, split_results
-from .problems import exception_name, traceback_lines
+from .problems import exception_message, exception_name, traceback_lines
 from .progress import NodeProgress, running
 from .registry import NodeRegistry
 from .schedule import Schedule
 from .signals import ExecutionBlocker, RunInterrupted
+
+# Characters of an input that is no plain value, in the report of a failed node.
+_LONGEST_SHOWN_INPUT = 2000
 
 # Receives a message: its type, its data, and the client it is for (None: everybody).
 Deliver = Callable[[str, dict[str, Any], str | None], None]
@@ -104,7 +107,11 @@ class _Run:
         import torch
 
         with torch.inference_mode():
-            success = self._execute()
+            try:
+                success = self._execute()
+            except Exception as error:  # outside of a node's own work: all that can be named is what was asked for
+                self._tell("execution_error", self._failure(self._outputs[0], _Step(), error))
+                success = False
         shown = {node_id: self._cache.shown(node_id) for node_id in self._prompt}
         shown = {node_id: value for node_id, value in shown.items() if value is not None}
         return {
@@ -154,7 +161,7 @@ class _Run:
                     broadcast=True,
                 )
                 return False
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a node that calls exit() must not end the host
                 self._tell("execution_error", self._failure(node_id, step, error))
                 return False
             for source in wanted:
@@ -273,13 +280,13 @@ class _Run:
             message = {"node": node_id, "display_node": node_id, "output": shown, "prompt_id": self._prompt_id}
             self._deliver("executed", message, self._client)
 
-    def _failure(self, node_id: str, step: _Step, error: Exception) -> dict[str, Any]:
+    def _failure(self, node_id: str, step: _Step, error: BaseException) -> dict[str, Any]:
         return {
             "prompt_id": self._prompt_id,
             "node_id": node_id,
             "node_type": self._prompt[node_id]["class_type"],
             "executed": list(self._executed),
-            "exception_message": f"{error}\n",
+            "exception_message": f"{exception_message(error)}\n",
             "exception_type": exception_name(error),
             "traceback": traceback_lines(error),
             "current_inputs": {
@@ -304,4 +311,9 @@ class _Step:
 
 
 def _printable(value: Any) -> Any:
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    try:
+        return str(value)[:_LONGEST_SHOWN_INPUT]
+    except Exception:  # the report of a failure must not fail over it
+        return f"<{type(value).__name__}>"

@@ -54,7 +54,7 @@ def image_tensor(picture: Image.Image) -> torch.Tensor:
     """Float32 `[H, W, 3]`, 0..1."""
     import torch
 
-    return torch.from_numpy(_array(_reduced(picture).convert("RGB")))
+    return torch.from_numpy(_array(reduced(picture).convert("RGB")))
 
 
 def alpha_tensor(picture: Image.Image) -> torch.Tensor | None:
@@ -72,7 +72,7 @@ def channel_tensor(picture: Image.Image, channel: str) -> torch.Tensor:
     """One of "R", "G", "B", "A" as float32 `[H, W]`, 0..1."""
     import torch
 
-    return torch.from_numpy(_array(_reduced(picture).convert("RGBA").getchannel(channel)))
+    return torch.from_numpy(_array(reduced(picture).convert("RGBA").getchannel(channel)))
 
 
 def empty_mask() -> torch.Tensor:
@@ -175,7 +175,7 @@ def _formatted_date(pattern: str, now: datetime) -> str:
     return re.sub(r"(d+|M+|y+|h+|m+|s+)", part, pattern)
 
 
-def _reduced(picture: Image.Image) -> Image.Image:
+def reduced(picture: Image.Image) -> Image.Image:
     """16-bit and 32-bit integer grey as 8-bit grey, which Pillow would clip instead of scale."""
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .graph import Prompt
-from .registry import InputSpec, NodeRegistry
+from .graph import Prompt, as_link, constant
+from .registry import Declaration, InputSpec
 from .validation import EDITOR_FORMAT, is_editor_format
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_TYPE_NAMES = {str: "STRING", int: "INT", float: "FLOAT", bool: "BOOLEAN"}
 
 
 def read_prompt(path: Path) -> tuple[Prompt, dict[str, Any]]:
@@ -42,30 +43,47 @@ def read_workflow(path: Path) -> dict[str, Any]:
     return data
 
 
-def set_input(prompt: Prompt, registry: NodeRegistry, setting: str) -> None:
-    """Apply a setting `NODE.INPUT=VALUE` in place; ValueError where it fits nothing in the prompt.
+class Setting(NamedTuple):
+    """`NODE.INPUT=VALUE`, read: the node's id in the prompt, its class, the input's name and the text of the value."""
 
-    NODE is a node's id, or its class or title where only one node has it; VALUE is read as the input's declared type.
+    text: str
+    node: str
+    class_type: Any
+    input: str
+    value: str
+
+
+def read_setting(prompt: Prompt, text: str) -> Setting:
+    """Find what a setting `NODE.INPUT=VALUE` means; ValueError where it fits no node of the prompt.
+
+    NODE is a node's id, or its class or title where only one node has it.
     """
-    target, equals, text = setting.partition("=")
+    target, equals, value = text.partition("=")
     node_name, dot, name = target.rpartition(".")
     if not equals or not dot or not node_name or not name:
-        raise ValueError(
-            f"--set {setting}: expected NODE.INPUT=VALUE, such as 3.seed=7 or SaveImage.filename_prefix=cat"
-        )
-    node = prompt[_find_node(prompt, node_name)]
-    class_type = node.get("class_type")
-    if not isinstance(class_type, str) or class_type not in registry:
-        raise ValueError(f"--set {setting}: this host has no node {class_type}")
-    declaration = registry.declarations()[class_type]
+        raise ValueError(f"--set {text}: expected NODE.INPUT=VALUE, such as 3.seed=7 or SaveImage.filename_prefix=cat")
+    node = _find_node(prompt, node_name)
+    return Setting(text, node, prompt[node].get("class_type"), name, value)
+
+
+def set_input(prompt: Prompt, setting: Setting, declaration: Declaration | None) -> None:
+    """Make a setting in the prompt, in place; its value is read as the type that its class declares for the input.
+
+    ValueError where it is not of that type, where there is no such input, and for a `declaration` of None, which stands
+    for a class that is not known where the prompt shall run.
+    """
+    text, node, class_type, name, value = setting
+    if declaration is None:
+        raise ValueError(f"--set {text}: there is no node {class_type} where this graph shall run")
     spec = declaration.find(name)
     if spec is None:
         known = ", ".join(declaration.names()) or "none"
-        raise ValueError(f"--set {setting}: {class_type} has no input {name!r}; its inputs are: {known}")
+        raise ValueError(f"--set {text}: {class_type} has no input {name!r}; its inputs are: {known}")
+    inputs = prompt[node].setdefault("inputs", {})
     try:
-        node.setdefault("inputs", {})[name] = _parsed(spec, text)
+        inputs[name] = _parsed(spec, value, inputs.get(name))
     except ValueError as error:
-        raise ValueError(f"--set {setting}: {error}") from None
+        raise ValueError(f"--set {text}: {error}") from None
 
 
 def _find_node(prompt: Prompt, name: str) -> str:
@@ -91,23 +109,28 @@ def title_of(node: dict[str, Any]) -> str | None:
     return meta.get("title") if isinstance(meta, dict) else None
 
 
-def _parsed(spec: InputSpec, text: str) -> Any:
+def _parsed(spec: InputSpec, text: str, present: Any) -> Any:
+    """`text` as a value for an input that has the value `present` so far, None where it has none."""
     if spec.choices is not None:
         # A value that is no choice is left to validation, since a node may accept more than it lists.
         return next((choice for choice in spec.choices if str(choice) == text), text)
-    if spec.type == "STRING":
+    kind = spec.type
+    if kind not in _TYPE_NAMES.values() and as_link(present) is None:
+        # Packs have types of their own for values too; what the graph holds then says what to read.
+        kind = _TYPE_NAMES.get(type(constant(present)), kind)
+    if kind == "STRING":
         return text
-    if spec.type in ("INT", "FLOAT"):
+    if kind in ("INT", "FLOAT"):
         try:
-            return int(text) if spec.type == "INT" else float(text)
+            return int(text) if kind == "INT" else float(text)
         except ValueError:
-            wanted = "a whole number" if spec.type == "INT" else "a number"
+            wanted = "a whole number" if kind == "INT" else "a number"
             raise ValueError(f"{text!r} is not {wanted}") from None
-    if spec.type == "BOOLEAN":
+    if kind == "BOOLEAN":
         if text.lower() not in _TRUTH:
             raise ValueError(f"{text!r} is neither true nor false")
         return _TRUTH[text.lower()]
-    raise ValueError(f"an input of type {spec.type} takes a link from another node, not a value")
+    raise ValueError(f"an input of type {kind} takes a link from another node, not a value")
 
 
 def _prompt_of_picture(path: Path) -> tuple[Prompt, dict[str, Any]]:

@@ -33,10 +33,9 @@ class InputSpec(NamedTuple):
 
 
 class Declaration:
-    """What a class's `INPUT_TYPES()` said, asked once."""
+    """The inputs that a class declares: what its `INPUT_TYPES()` gives, or `/object_info` under `input`."""
 
-    def __init__(self, node_class: Any) -> None:
-        inputs = node_class.INPUT_TYPES()
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
         self._required = inputs.get("required", {})
         self._optional = inputs.get("optional", {})
         self.hidden: dict[str, str] = {name: _hidden_kind(kind) for name, kind in inputs.get("hidden", {}).items()}
@@ -99,8 +98,12 @@ class Declarations:
 
     def __getitem__(self, class_type: str) -> Declaration:
         if class_type not in self._known:
-            self._known[class_type] = Declaration(self._registry[class_type])
+            self._known[class_type] = Declaration(self._registry[class_type].INPUT_TYPES())
         return self._known[class_type]
+
+    def get(self, class_type: object) -> Declaration | None:
+        """None for a class that is not registered."""
+        return self[class_type] if isinstance(class_type, str) and class_type in self._registry else None
 
 
 def _hidden_kind(kind: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import runtime
-from .placing import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,11 +80,12 @@ class CascadeDecodeStageA:
         }
 
     def decode(self, stage_a: StageHandle, latent: dict) -> tuple[Tensor]:
-        from ..cascade_ops import stages, wires
+        from ..cascade_ops import memory, stages, wires
 
         runtime.check_interrupted()
-        read = wires.read_latent(latent)
-        return (stages.decode_stage_a(on_device(stage_a), read, runtime.progress(len(read.samples)).update),)
+        read = wires.read_latent(latent, "stage_b")
+        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, read.samples.shape))
+        return (stages.decode_stage_a(stage_a, read, runtime.progress(len(read.samples)).update),)
 
 
 class CascadePreviewLatent:
@@ -108,6 +108,8 @@ class CascadePreviewLatent:
         }
 
     def preview(self, previewer: StageHandle, latent: dict) -> tuple[Tensor]:
-        from ..cascade_ops import stages, wires
+        from ..cascade_ops import memory, stages, wires
 
-        return (stages.preview_latent(on_device(previewer), wires.read_latent(latent)),)
+        read = wires.read_latent(latent)
+        (previewer,) = runtime.placed([previewer], memory.preview_bytes(previewer, read.samples.shape))
+        return (stages.preview_latent(previewer, read),)

@@ -36,7 +36,9 @@ def _file_input(stage: str, what: str) -> tuple:
 def _load(file: ModelFile, stage: str, dtype: str = "auto") -> StageHandle:
     from ..cascade_ops.handles import load_stage
 
-    return load_stage(file.path, stage, dtype=dtype, run_on=runtime.device(), name=file.name)
+    return load_stage(
+        file.path, stage, dtype=dtype, run_on=runtime.device(stage), name=file.name, host_dtype=runtime.dtype
+    )
 
 
 def _said(handles: list[StageHandle]) -> dict[str, list[str]]:

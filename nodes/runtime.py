@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,18 +24,23 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from ..cascade_ops.handles import StageHandle
+
 __all__ = [
     "MODEL_FOLDERS",
     "Backend",
     "Progress",
     "check_interrupted",
     "device",
-    "free_memory",
+    "dtype",
+    "in_comfyui",
     "input_directory",
     "model_files",
     "model_path",
     "output_directory",
+    "placed",
     "progress",
+    "shows_previews",
     "temp_directory",
     "use",
     "using",
@@ -55,7 +60,10 @@ class Progress(Protocol):
 class Backend(Protocol):
     """What a host provides. All paths are strings; `folder` is one of `MODEL_FOLDERS`."""
 
-    def device(self) -> torch.device: ...
+    def device(self, stage: str) -> torch.device: ...
+    def dtype(self, stage: str, parameters: int) -> torch.dtype | None: ...
+    def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]: ...
+    def shows_previews(self) -> bool: ...
     def progress(self, total: int) -> Progress: ...
     def check_interrupted(self) -> None: ...
     def model_files(self, folder: str) -> list[str]: ...
@@ -63,12 +71,36 @@ class Backend(Protocol):
     def output_directory(self) -> str: ...
     def input_directory(self) -> str: ...
     def temp_directory(self) -> str: ...
-    def free_memory(self, size: int) -> None: ...
 
 
-def device() -> torch.device:
-    """The device that models run on."""
-    return _backend().device()
+def in_comfyui() -> bool:
+    """Whether ComfyUI has been imported in this process."""
+    return "folder_paths" in sys.modules and "comfy.model_management" in sys.modules
+
+
+def device(stage: str = "stage_c") -> torch.device:
+    """The device that a stage runs on."""
+    return _backend().device(stage)
+
+
+def dtype(stage: str, parameters: int) -> torch.dtype | None:
+    """What the host's settings say a stage of so many weights runs in; None where they leave it to these nodes."""
+    return _backend().dtype(stage, parameters)
+
+
+def placed(handles: Sequence[StageHandle], memory: int = 0) -> list[StageHandle]:
+    """The stages, ready to run on the device, with `memory` bytes beside the weights to run in as far as there are.
+
+    All that a node runs is placed in one call: a later one may take the place of what an earlier one placed. What comes
+    back is for this run; nothing that is on a wire changes. Loaders leave weights in main memory, and here is decided
+    how they get to the device: ComfyUI loads and offloads them by its own rules, other hosts give the node a copy.
+    """
+    return _backend().placed(handles, memory)
+
+
+def shows_previews() -> bool:
+    """Whether to show a picture while sampling where nobody connected a model to make one with."""
+    return _backend().shows_previews()
 
 
 def progress(total: int) -> Progress:
@@ -106,11 +138,6 @@ def temp_directory() -> str:
     return _backend().temp_directory()
 
 
-def free_memory(size: int) -> None:
-    """Make room for `size` bytes on the device, as far as the host can."""
-    _backend().free_memory(size)
-
-
 def use(backend: Backend | None) -> None:
     """Let `backend` answer in this process from now on; None goes back to ComfyUI or plain Python."""
     global _installed
@@ -130,10 +157,19 @@ def using(backend: Backend) -> Iterator[None]:
 class PlainBackend:
     """No host: nodes called from a Python program."""
 
-    def device(self) -> torch.device:
+    def device(self, stage: str) -> torch.device:
         import torch
 
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def dtype(self, stage: str, parameters: int) -> torch.dtype | None:
+        """The rules of `cascade_ops.handles.choose_dtype`."""
+
+    def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]:
+        return copied_to([self.device(handle.stage) for handle in handles], handles)
+
+    def shows_previews(self) -> bool:
+        return False
 
     def progress(self, total: int) -> Progress:
         return _SilentProgress()
@@ -156,9 +192,6 @@ class PlainBackend:
     def temp_directory(self) -> str:
         return str(Path("temp").absolute())
 
-    def free_memory(self, size: int) -> None:
-        release_unused_memory()
-
     @staticmethod
     def _roots() -> list[Path]:
         return [Path("models").absolute(), *roots_from_environment()]
@@ -167,6 +200,17 @@ class PlainBackend:
 class _SilentProgress:
     def update(self, value: int, preview: Image.Image | None = None) -> None:
         """No host, no report."""
+
+
+def copied_to(devices: Sequence[torch.device], handles: Sequence[StageHandle]) -> list[StageHandle]:
+    """Each stage on its device: itself if it is there, else a copy that lasts as long as the caller keeps it.
+
+    So only what a node runs occupies a device. On a CPU there is nothing to copy.
+    """
+    pairs = list(zip(handles, devices, strict=True))
+    if any(handle.device != device for handle, device in pairs):
+        release_unused_memory()
+    return [handle.to(device) for handle, device in pairs]
 
 
 def release_unused_memory() -> None:
@@ -188,6 +232,4 @@ def _backend() -> Backend:
     backend = _current.get() or _installed
     if backend is not None:
         return backend
-    if "folder_paths" in sys.modules and "comfy.model_management" in sys.modules:
-        return _comfyui
-    return _plain
+    return _comfyui if in_comfyui() else _plain

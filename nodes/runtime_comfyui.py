@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,44 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-# The longest side, in pixels, of a preview picture that is sent to the browser.
-PREVIEW_SIZE = 512
+    from ..cascade_ops.handles import StageHandle
+
+
+# Which of its settings says where a stage runs and where it waits; the others are diffusion models to it.
+_PLACES = {
+    "text_encoder": ("text_encoder_device", "text_encoder_offload_device"),
+    "stage_a": ("vae_device", "vae_offload_device"),
+}
 
 
 class ComfyUIBackend:
     """ComfyUI's device, memory, progress, interruption and folders; nothing in `folder_paths` is ever changed."""
 
-    def device(self) -> torch.device:
-        return _management().get_torch_device()
+    def device(self, stage: str) -> torch.device:
+        return places(stage)[0]
+
+    def dtype(self, stage: str, parameters: int) -> torch.dtype | None:
+        import torch
+
+        if stage not in ("stage_c", "stage_b"):
+            return None
+        device = self.device(stage)
+        supported = [torch.bfloat16, torch.float32]
+        chosen = _management().unet_dtype(device=device, model_params=parameters, supported_dtypes=supported)
+        # float32 on a CPU is no choice of ComfyUI's; and nothing runs in the 8-bit floats that it stores weights in.
+        if chosen == torch.float32 and device.type == "cpu":
+            return None
+        return chosen if chosen in (torch.bfloat16, torch.float16, torch.float32) else None
+
+    def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]:
+        from .comfyui_models import placed
+
+        return placed(handles, memory)
+
+    def shows_previews(self) -> bool:
+        """As the setting says: of the server's start, or, since ComfyUI 0.8, of the prompt."""
+        arguments = _arguments()
+        return arguments.args.preview_method != arguments.LatentPreviewMethod.NoPreviews
 
     def progress(self, total: int) -> ComfyUIProgress:
         return ComfyUIProgress(total)
@@ -52,11 +82,6 @@ class ComfyUIBackend:
     def temp_directory(self) -> str:
         return _folder_paths().get_temp_directory()
 
-    def free_memory(self, size: int) -> None:
-        management = _management()
-        management.free_memory(size, management.get_torch_device())
-        management.soft_empty_cache()
-
 
 class ComfyUIProgress:
     """ComfyUI's bar. Without its server the bar does not look for an interruption, so this does."""
@@ -67,12 +92,22 @@ class ComfyUIProgress:
 
     def update(self, value: int, preview: Image.Image | None = None) -> None:
         _management().throw_exception_if_processing_interrupted()
-        picture = None if preview is None else ("JPEG", preview, PREVIEW_SIZE)
+        picture = None if preview is None else ("JPEG", preview, _arguments().args.preview_size)
         self._bar.update_absolute(value, self._total, picture)
+
+
+def places(stage: str) -> tuple[torch.device, torch.device]:
+    """The devices that ComfyUI runs a stage on and keeps its weights on meanwhile."""
+    run, wait = _PLACES.get(stage, ("get_torch_device", "unet_offload_device"))
+    return getattr(_management(), run)(), getattr(_management(), wait)()
 
 
 def _folder_paths() -> ModuleType:
     return importlib.import_module("folder_paths")
+
+
+def _arguments() -> ModuleType:
+    return importlib.import_module("comfy.cli_args")
 
 
 def _management() -> ModuleType:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import runtime
-from .placing import on_device
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..cascade_ops.diffusion import StepInfo
     from ..cascade_ops.handles import StageHandle
     from ..cascade_ops.stages import SamplingSettings
+
+    Show = Callable[[StepInfo], Tensor]
 
 CATEGORY = "cascade/sampling"
 
@@ -181,26 +184,33 @@ class CascadeSampleStageC:
         previewer: StageHandle | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..cascade_ops import stages, wires
+        from ..cascade_ops import memory, stages, wires
 
         chosen = stages.SamplingSettings(**settings)
-        notes = []
-        show = None
-        if previewer is not None and stages.families_clash(previewer.family, stage_c.family):
-            notes.append(f"no live previews: {previewer.title} belongs to another family than {stage_c.title}")
-        elif previewer is not None:
-            previewer = on_device(previewer)
+        start = wires.read_latent(latent)
+        prompts = [wires.read_condition(positive, "positive"), wires.read_condition(negative, "negative")]
+        pictures = [wires.read_pictures(positive, "positive"), wires.read_pictures(negative, "negative")]
+        tokens = memory.condition_tokens(stage_c, prompts, pictures)
+        bytes_needed = memory.sampling_bytes(stage_c, start.samples.shape, tokens)
+        previewer, notes = _fitting(previewer, stage_c)
+        if previewer is None:
+            (stage_c,) = runtime.placed([stage_c], bytes_needed)
+            show = _linear_preview(stage_c)
+        else:
+            bytes_needed += memory.preview_bytes(previewer, (1, *start.samples.shape[1:]))
+            stage_c, shower = runtime.placed([stage_c, previewer], bytes_needed)
 
-            def show(step: StepInfo) -> Any:
-                return stages.preview_latent(previewer, wires.Latent(step.denoised[:1]))[0]
+            def show(step: StepInfo) -> Tensor:
+                return stages.preview_latent(shower, wires.Latent(step.denoised[:1]))[0]
 
         result = stages.sample_stage_c(
-            on_device(stage_c),
-            wires.read_condition(positive, "positive"),
-            wires.read_condition(negative, "negative"),
-            wires.read_latent(latent),
+            stage_c,
+            *prompts,
+            start,
             seed=seed,
             settings=chosen,
+            pictures=pictures[0],
+            negative_pictures=pictures[1],
             callback=_report(chosen.steps, show),
         )
         return {"ui": _said(stage_c, chosen, result.stage_c_pixels(), notes), "result": (result.to_wire(),)}
@@ -261,33 +271,57 @@ class CascadeSampleStageB:
         start_latent: dict | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..cascade_ops import stages, wires
+        from ..cascade_ops import memory, sizes, stages, wires
 
         chosen = stages.SamplingSettings(**settings)
-        notes = []
-        show = None
-        if stage_a is not None and stages.families_clash(stage_a.family, stage_b.family):
-            notes.append(f"no live previews: {stage_a.title} belongs to another family than {stage_b.title}")
-        elif stage_a is not None:
-            stage_a = on_device(stage_a)
+        prior = wires.read_latent(latent)
+        prompts = []
+        for name, wire in (("positive", positive), ("negative", negative)):
+            prompts.append(wires.read_condition(wire, name, "stage_b"))
+            wires.check_prior(wire, name, prior)
+        shape = (len(prior.samples), 4, *sizes.stage_b_size(*prior.stage_c_pixels()))
+        bytes_needed = memory.sampling_bytes(stage_b, shape, stage_b.module.c_clip_seq)
+        stage_a, notes = _fitting(stage_a, stage_b)
+        if stage_a is None:
+            (stage_b,) = runtime.placed([stage_b], bytes_needed)
+            show = _linear_preview(stage_b)
+        else:
+            bytes_needed += memory.decoding_bytes(stage_a, (1, 4, stages.PREVIEW_CELLS, stages.PREVIEW_CELLS))
+            stage_b, shower = runtime.placed([stage_b, stage_a], bytes_needed)
 
-            def show(step: StepInfo) -> Any:
-                return stages.preview_stage_b(stage_a, step.denoised[:1])[0]
+            def show(step: StepInfo) -> Tensor:
+                return stages.preview_stage_b(shower, step.denoised[:1])[0]
 
         result = stages.sample_stage_b(
-            on_device(stage_b),
-            wires.read_latent(latent),
-            wires.read_condition(positive, "positive"),
-            wires.read_condition(negative, "negative"),
+            stage_b,
+            prior,
+            *prompts,
             seed=seed,
             settings=chosen,
-            start_latent=None if start_latent is None else wires.read_latent(start_latent),
+            start_latent=None if start_latent is None else wires.read_latent(start_latent, "stage_b"),
             callback=_report(chosen.steps, show),
         )
-        return {"ui": _said(stage_b, chosen, result.stage_b_pixels(), notes), "result": (result.to_wire(),)}
+        return {"ui": _said(stage_b, chosen, result.stage_b_pixels(), notes), "result": (result.to_wire("stage_b"),)}
 
 
-def _report(steps: int, show: Callable[[StepInfo], Any] | None) -> Callable[[StepInfo], None]:
+def _fitting(shower: StageHandle | None, handle: StageHandle) -> tuple[StageHandle | None, list[str]]:
+    """The model to make previews with if it fits the sampled one, and a note where it does not."""
+    from ..cascade_ops.stages import families_clash
+
+    if shower is None or not families_clash(shower.family, handle.family):
+        return shower, []
+    return None, [f"no live previews from {shower.title}: it belongs to another family than {handle.title}"]
+
+
+def _linear_preview(handle: StageHandle) -> Show | None:
+    """Rough previews for the host that wants them, where no model was connected to make better ones with."""
+    from ..cascade_ops.latent_preview import preview_map
+
+    found = preview_map(handle.family, handle.stage) if runtime.shows_previews() else None
+    return None if found is None else lambda step: found.show(step.denoised[:1])[0]
+
+
+def _report(steps: int, show: Show | None) -> Callable[[StepInfo], None]:
     """A callback that moves the node's progress bar, shows the picture so far, and ends the run on an interruption."""
     from ..cascade_ops.stages import to_picture
 

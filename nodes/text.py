@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import files
-from .placing import on_device
+from . import files, runtime
 
 if TYPE_CHECKING:
     from ..cascade_ops.handles import StageHandle
@@ -47,4 +46,5 @@ class CascadeEncodeText:
         from ..cascade_ops import catalog, stages, wires
 
         find_embedding = catalog.embedding_finder(files.embeddings())
-        return (wires.write_condition(*stages.encode_text(on_device(text_encoder), text, find_embedding)),)
+        (text_encoder,) = runtime.placed([text_encoder])
+        return (wires.write_condition(*stages.encode_text(text_encoder, text, find_embedding)),)

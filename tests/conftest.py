@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest_plugins = ["conditions"]
+pytest_plugins = ["conditions", "editor"]
 
 TEXT_WIDTH, POOLED_WIDTH = 64, 32
 DEFAULTS_C = {"width": 128, "height": 96, "guidance": 3.0, "steps": 20, "shift": 1.5}
@@ -144,3 +144,28 @@ def combined(small_family, tmp_path_factory):
         assert json.loads(metadata["cascade.config"])
         save_file(tensors, folder / name, metadata)
     return {name: folder / name for name in prefixes}
+
+
+@pytest.fixture
+def host(small_family):
+    """A backend with the small family for nodes that are called by hand."""
+    from nodes_kit import TestBackend
+
+    from stable_cascade_nodes.nodes import runtime
+
+    backend = TestBackend(small_family.models)
+    with runtime.using(backend):
+        yield backend
+
+
+@pytest.fixture
+def empty_host(tmp_path):
+    """The same without files of the user's, and without bundled ones but those that a test puts there."""
+    from nodes_kit import TestBackend
+
+    from stable_cascade_nodes.cascade_ops import catalog
+    from stable_cascade_nodes.nodes import runtime
+
+    with runtime.using(TestBackend(tmp_path / "models")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "_BUNDLED_FOLDER", tmp_path / "weights")
+        yield tmp_path

@@ -1,25 +1,24 @@
-"""The nodes by themselves: what they declare, what they answer, what they refuse."""
+"""The nodes by themselves: what they declare, and the loaders. See `test_nodes_sampling.py` for the others."""
 
 import inspect
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from nodes_kit import ALL_NODES, TestBackend, load, run
 
 import stable_cascade_nodes
 from stable_cascade_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from stable_cascade_nodes.cascade_ops import catalog
 from stable_cascade_nodes.cascade_ops import handles as handles_module
 from stable_cascade_nodes.cascade_ops.diffusion import SAMPLERS
 from stable_cascade_nodes.cascade_ops.handles import DTYPES
 from stable_cascade_nodes.host.object_info import object_info
 from stable_cascade_nodes.host.registry import NodeRegistry
-from stable_cascade_nodes.nodes import files, loaders, locale, runtime
+from stable_cascade_nodes.nodes import bridge, files, loaders, runtime
 
 ROOT = Path(stable_cascade_nodes.__file__).parent
 SNAPSHOT = Path(__file__).parent / "data" / "object_info.json"
@@ -37,91 +36,8 @@ IDS = [
     "CascadeDecodeStageA",
     "CascadePreviewLatent",
 ]
-
-
-class Bar:
-    def __init__(self, backend, total):
-        self.backend, self.total = backend, total
-
-    def update(self, value, preview=None):
-        self.backend.seen.append((value, self.total, preview))
-        if self.backend.stop_at == value:
-            raise KeyboardInterrupt
-
-
-class TestBackend(runtime.PlainBackend):
-    """Models in one folder; remembers progress, and stops a run where it is told to."""
-
-    __test__ = False
-
-    def __init__(self, root, device="cpu"):
-        self.root, self.seen, self.stop_at, self.freed = root, [], None, []
-        self._device = torch.device(device)
-
-    def device(self):
-        return self._device
-
-    def progress(self, total):
-        return Bar(self, total)
-
-    def model_files(self, folder):
-        return runtime.list_models([self.root], folder)
-
-    def model_path(self, folder, name):
-        return runtime.find_model([self.root], folder, name)
-
-    def free_memory(self, size):
-        self.freed.append(size)
-
-
-@pytest.fixture
-def host(small_family):
-    backend = TestBackend(small_family.models)
-    with runtime.using(backend):
-        yield backend
-
-
-@pytest.fixture
-def empty_host(tmp_path):
-    """No files of the user's, and no bundled ones but those that a test puts there."""
-    with runtime.using(TestBackend(tmp_path / "models")) as _, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog, "_BUNDLED_FOLDER", tmp_path / "weights")
-        yield tmp_path
-
-
-def run(name, **inputs):
-    node = NODE_CLASS_MAPPINGS[name]
-    answer = getattr(node(), node.FUNCTION)(**inputs)
-    return answer if isinstance(answer, dict) else {"ui": {}, "result": answer}
-
-
-def load(name, **inputs):
-    return run(name, **({"file": "auto"} | inputs))["result"][0]
-
-
-def sample_c(host, **changes):
-    encoder = load("CascadeLoadTextEncoder")
-    encode = {text: run("CascadeEncodeText", text_encoder=encoder, text=text)["result"][0] for text in ("red", "")}
-    stage_c = changes.pop("stage_c", None) or load("CascadeLoadStageC")
-    latent = run("CascadeEmptyLatent", stage_c=stage_c, width=100, height=60, batch_size=1)["result"][0]
-    inputs = {
-        "stage_c": stage_c,
-        "positive": encode["red"],
-        "negative": encode[""],
-        "latent": latent,
-        "seed": 1,
-        "steps": 2,
-        "guidance": 0.0,
-        "sampler": "ddpm",
-    }
-    return run("CascadeSampleStageC", **inputs | changes), inputs
-
-
-def sample_b(host, **changes):
-    first, inputs = sample_c(host)
-    inputs = inputs | {"latent": first["result"][0], "stage_b": load("CascadeLoadStageB")}
-    inputs.pop("stage_c")
-    return run("CascadeSampleStageB", **inputs | changes), inputs
+# Inside ComfyUI only.
+BRIDGE_IDS = ["CascadeStageCFromModel", "CascadeStageBFromModel", "CascadeToModel"]
 
 
 # Declarations --------------------------------------------------------------------------------------------------
@@ -130,9 +46,10 @@ def sample_b(host, **changes):
 def described(with_texts):
     """`object_info` of all nodes where no models are; without texts, which may be improved at any time."""
     registry = NodeRegistry()
-    registry.add(NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, python_module="custom_nodes.stable_cascade_nodes")
+    titles = NODE_DISPLAY_NAME_MAPPINGS | bridge.NODE_DISPLAY_NAME_MAPPINGS
+    registry.add(ALL_NODES, titles, python_module="custom_nodes.stable_cascade_nodes")
     with runtime.using(TestBackend(Path("no models here"))):
-        info = {name: object_info(registry, name) for name in NODE_CLASS_MAPPINGS}
+        info = {name: object_info(registry, name) for name in ALL_NODES}
     if not with_texts:
         for node in info.values():
             for key in ("description", "output_tooltips", "display_name"):
@@ -150,6 +67,7 @@ def test_ids_names_types_and_order_are_frozen():
     """
     assert described(with_texts=False) == json.loads(SNAPSHOT.read_text())
     assert list(NODE_CLASS_MAPPINGS) == IDS == list(NODE_DISPLAY_NAME_MAPPINGS)
+    assert list(bridge.NODE_CLASS_MAPPINGS) == BRIDGE_IDS == list(bridge.NODE_DISPLAY_NAME_MAPPINGS)
     order = {name: node["input_order"] for name, node in json.loads(SNAPSHOT.read_text()).items()}
     for name, node in described(with_texts=True).items():
         assert node["input_order"] == {kind: list(inputs) for kind, inputs in node["input"].items()} == order[name]
@@ -167,7 +85,7 @@ def test_everything_is_described():
 
 
 def test_every_input_is_taken_by_the_function():
-    for name, node in NODE_CLASS_MAPPINGS.items():
+    for name, node in ALL_NODES.items():
         parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         inputs = [entry for kind in node.INPUT_TYPES().values() for entry in kind]
@@ -182,25 +100,6 @@ def test_lists_of_the_library_are_offered_whole():
     for name in ("CascadeSampleStageC", "CascadeSampleStageB"):
         assert NODE_CLASS_MAPPINGS[name].INPUT_TYPES()["required"]["sampler"][0] == list(SAMPLERS)
     assert loaders._DTYPE[0] == list(DTYPES)
-
-
-def test_help_pages_name_every_input_and_output():
-    pages = {path.stem: path.read_text() for path in (ROOT / "web/docs").glob("*.md")}
-    for name, node in NODE_CLASS_MAPPINGS.items():
-        page = pages[name]
-        assert page.startswith(f"# {NODE_DISPLAY_NAME_MAPPINGS[name]}\n"), name
-        entries = [entry for kind in node.INPUT_TYPES().values() for entry in kind]
-        for entry in (*entries, *node.RETURN_NAMES):
-            assert f"| `{entry}`" in page or f", `{entry}` |" in page, (name, entry)
-    assert all(name.split("/")[0] in NODE_CLASS_MAPPINGS for name in pages)
-
-
-def test_locale_file_is_what_the_nodes_say():
-    assert locale.PATH.read_text(encoding="utf-8") == locale.written(), (
-        "run: python -m stable_cascade_nodes.nodes.locale"
-    )
-    texts = json.loads(locale.PATH.read_text(encoding="utf-8"))
-    assert texts["CascadeSampleStageC"]["inputs"]["seed"]["tooltip"].startswith("Another seed")
 
 
 def test_importing_the_package_is_light_and_silent(tmp_path):
@@ -334,156 +233,6 @@ def test_loaded_weights_wait_in_main_memory(small_family, monkeypatch):
     with runtime.using(TestBackend(small_family.models, device="meta")):
         assert load("CascadeLoadStageC").device.type == "cpu"
     assert asked == ["meta"]
-
-
-# Sampling ------------------------------------------------------------------------------------------------------
-
-
-def test_whole_chain_by_hand(host):
-    detail, _ = sample_b(host)
-    latent = detail["result"][0]
-    assert (latent["width"], latent["height"], latent["samples"].shape) == (100, 60, (1, 4, 16, 26))
-    image = run("CascadeDecodeStageA", stage_a=load("CascadeLoadStageA"), latent=latent)["result"][0]
-    assert image.shape == (1, 60, 100, 3) and image.dtype == torch.float32 and image.std() > 0.01
-    small, _ = sample_c(host)
-    preview = run("CascadePreviewLatent", previewer=load("CascadeLoadPreviewer"), latent=small["result"][0])["result"]
-    assert preview[0].shape == (1, 16, 24, 3)
-
-
-def test_sampling_reports_every_step_and_shows_previews(host):
-    sample_c(host)
-    assert [entry[:2] for entry in host.seen] == [(1, 2), (2, 2)] and host.seen[0][2] is None
-    host.seen.clear()
-    plain, _ = sample_c(host)
-    host.seen.clear()
-    shown, _ = sample_c(host, previewer=load("CascadeLoadPreviewer"))
-    assert [(entry[0], entry[2].size) for entry in host.seen] == [(1, (24, 16)), (2, (24, 16))]
-    assert torch.equal(plain["result"][0]["samples"], shown["result"][0]["samples"])
-    host.seen.clear()
-    sample_b(host, stage_a=load("CascadeLoadStageA"))
-    assert [(entry[0], entry[2] and entry[2].size) for entry in host.seen[2:]] == [(1, (104, 64)), (2, (104, 64))]
-
-
-def test_a_run_can_be_stopped_at_every_step_and_picture(host):
-    for node in (sample_c, sample_b):
-        host.stop_at = None
-        _, inputs = node(host)
-        for step in (1, 2):
-            host.stop_at = step
-            with pytest.raises(KeyboardInterrupt):
-                run("CascadeSampleStageC" if node is sample_c else "CascadeSampleStageB", **inputs)
-    host.stop_at = 1
-    with pytest.raises(KeyboardInterrupt):
-        run("CascadeDecodeStageA", stage_a=load("CascadeLoadStageA"), latent={"samples": torch.zeros(2, 4, 8, 8)})
-
-
-OPTIONS = {
-    "shift": 3.0,
-    "guidance_end": 1.0,
-    "guidance_from": 0.6,
-    "guidance_until": 0.6,
-    "rescale": 0.1,
-    "end": 0.3,
-    "start": 0.5,
-    "sampler": "euler",
-    "guidance": 2.0,
-    "steps": 3,
-    "seed": 2,
-}
-
-
-@pytest.mark.parametrize("node", ["CascadeSampleStageC", "CascadeSampleStageB"])
-def test_every_option_acts_and_its_default_is_the_plain_run(host, node):
-    result, inputs = (sample_c if node == "CascadeSampleStageC" else sample_b)(host)
-    plain = result["result"][0]["samples"]
-    declared = NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["optional"]
-    defaults = {name: options["default"] for name, (_, options) in declared.items() if "default" in options}
-    assert torch.equal(run(node, **inputs, **defaults)["result"][0]["samples"], plain)
-    assert set(defaults) - set(OPTIONS) == {"rescale_over"}
-    for name, value in OPTIONS.items():
-        start = {"start_latent": {"samples": plain}} if (name, node) == ("start", "CascadeSampleStageB") else {}
-        changed = run(node, **inputs | {name: value} | start)["result"][0]["samples"]
-        assert not torch.allclose(changed, plain, rtol=1e-3), name
-    # Over the batch needs a batch to differ.
-    pair = inputs | {"latent": inputs["latent"] | {"samples": inputs["latent"]["samples"].expand(2, -1, -1, -1)}}
-    each, together = (run(node, **pair, rescale_over=over)["result"][0]["samples"] for over in ("image", "batch"))
-    assert not torch.allclose(each, together, rtol=1e-3)
-
-
-def test_inputs_are_not_changed(host):
-    def snapshot(inputs):
-        tensors = {
-            "samples": inputs["latent"]["samples"],
-            "hidden": inputs["positive"][0][0],
-            "pooled": inputs["positive"][0][1]["pooled_output"],
-        }
-        handle = inputs.get("stage_c") or inputs["stage_b"]
-        tensors |= handle.module.state_dict()
-        keys = sorted(inputs["latent"]), sorted(inputs["positive"][0][1])
-        return keys, {name: hash(tensor.numpy().tobytes()) for name, tensor in tensors.items()}
-
-    for node, name in ((sample_c, "CascadeSampleStageC"), (sample_b, "CascadeSampleStageB")):
-        _, inputs = node(host)
-        before = snapshot(inputs)
-        first, second = (run(name, **inputs)["result"][0]["samples"] for _ in range(2))
-        assert torch.equal(first, second)
-        assert snapshot(inputs) == before
-
-
-def test_works_in_inference_mode(host):
-    """ComfyUI runs nodes in it."""
-    plain, _ = sample_b(host)
-    with torch.inference_mode():
-        inside, _ = sample_b(host)
-    assert torch.equal(plain["result"][0]["samples"], inside["result"][0]["samples"])
-
-
-def test_previewer_of_another_family_is_left_out_and_that_is_said(host):
-    previewer = load("CascadeLoadPreviewer")
-    tiny = replace(previewer, info=replace(previewer.info, size="tiny", rank=3))
-    stage_c = load("CascadeLoadStageC")
-    release = replace(stage_c, info=replace(stage_c.info, rank=0))
-    host.seen.clear()
-    answer, _ = sample_c(host, stage_c=release, previewer=tiny)
-    assert answer["ui"]["text"][1].startswith("no live previews: previewer tiny (p.safetensors) belongs to another")
-    assert [entry[2] for entry in host.seen] == [None, None]
-    with pytest.raises(ValueError, match="belongs to the bundled tiny family"):
-        run("CascadePreviewLatent", previewer=tiny, latent=answer["result"][0])
-
-
-def test_text_of_another_encoder_is_refused_by_the_node(host):
-    _, inputs = sample_c(host)
-    inputs["positive"] = [[torch.zeros(1, 77, 1280), {"pooled_output": torch.zeros(1, 1280)}]]
-    with pytest.raises(ValueError, match="encoded 1280 wide"):
-        run("CascadeSampleStageC", **inputs)
-
-
-def test_embeddings_come_from_the_models_folder(empty_host, small_family):
-    from safetensors.torch import save_file
-
-    models = shutil.copytree(small_family.models, empty_host / "models")
-    (models / "embeddings").mkdir()
-    save_file({"clip_g": torch.ones(2, 64)}, models / "embeddings/glow.safetensors")
-    encoder = load("CascadeLoadTextEncoder")
-
-    def encode(text):
-        return run("CascadeEncodeText", text_encoder=encoder, text=text)["result"][0][0][0]
-
-    assert not torch.allclose(encode("red embedding:glow"), encode("red"))
-    with pytest.raises(ValueError, match="'gloom', which was not found"):
-        encode("red embedding:gloom")
-
-
-def test_device_gets_room_and_a_copy(small_family, handles):
-    from stable_cascade_nodes.nodes.placing import on_device
-
-    backend = TestBackend(small_family.models, device="meta")
-    with runtime.using(backend):
-        moved = on_device(handles["stage_b"])
-        assert moved.device.type == "meta" and handles["stage_b"].device.type == "cpu"
-        assert backend.freed == [handles["stage_b"].size_in_bytes]
-        assert on_device(moved) is moved and len(backend.freed) == 1
-    assert handles["stage_b"].size_in_bytes == 4 * sum(p.numel() for p in handles["stage_b"].module.parameters())
 
 
 if __name__ == "__main__":

@@ -227,6 +227,20 @@ def test_a_skipped_test_fails_the_run_where_ci_is_set(tmp_path, setting, code):
     assert done.returncode == code, done.stdout
 
 
+@pytest.mark.parametrize(("path", "code"), [("", 0), ("somewhere", 1)])
+def test_only_a_missing_comfyui_may_skip_where_ci_is_set(tmp_path, path, code):
+    shutil.copy(ROOT / "tests" / "conditions.py", tmp_path / "conftest.py")
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\nfrom conftest import NO_COMFYUI\n\n"
+        "@pytest.mark.skipif(True, reason=NO_COMFYUI)\ndef test_one():\n    pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    environment = {**os.environ, "CI": "1", "COMFYUI_PATH": path}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "1 skipped" in done.stdout
+    assert done.returncode == code, done.stdout
+
+
 def test_no_test_connects_to_another_machine():
     import socket
 

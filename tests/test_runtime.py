@@ -22,7 +22,7 @@ class Interrupted(Exception):
 def comfyui(monkeypatch, tmp_path):
     """Stand-ins for the modules of ComfyUI that the seam talks to."""
     calls = []
-    state = SimpleNamespace(interrupted=False, calls=calls, root=tmp_path)
+    state = SimpleNamespace(interrupted=False, calls=calls, root=tmp_path, dtype=torch.bfloat16)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "a.safetensors").write_bytes(b"")
 
@@ -37,8 +37,9 @@ def comfyui(monkeypatch, tmp_path):
 
     management = ModuleType("comfy.model_management")
     management.get_torch_device = lambda: torch.device("meta")
-    management.free_memory = lambda size, device: calls.append(("free", size, str(device)))
-    management.soft_empty_cache = lambda: calls.append(("empty",))
+    management.unet_offload_device = management.text_encoder_offload_device = lambda: torch.device("cpu")
+    management.text_encoder_device = lambda: torch.device("cpu")
+    management.unet_dtype = lambda device, model_params, supported_dtypes: state.dtype
 
     def check():
         if state.interrupted:
@@ -55,13 +56,16 @@ def comfyui(monkeypatch, tmp_path):
 
     utils = ModuleType("comfy.utils")
     utils.ProgressBar = Bar
-    for module in (ModuleType("comfy"), paths, management, utils):
+    options = ModuleType("comfy.cli_args")
+    options.LatentPreviewMethod = SimpleNamespace(NoPreviews="none")
+    options.args = state.args = SimpleNamespace(preview_size=300, preview_method="none")
+    for module in (ModuleType("comfy"), paths, management, utils, options):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return state
 
 
 def test_comfyui_answers_once_it_is_loaded(comfyui):
-    assert runtime.device() == torch.device("meta")
+    assert runtime.device() == torch.device("meta") and runtime.device("text_encoder") == torch.device("cpu")
     assert runtime.output_directory() == "/comfy/output"
     assert runtime.input_directory() == "/comfy/input"
     assert runtime.temp_directory() == "/comfy/temp"
@@ -69,8 +73,21 @@ def test_comfyui_answers_once_it_is_loaded(comfyui):
     assert runtime.model_path("vae", "a.safetensors") == str(comfyui.root / "vae" / "a.safetensors")
     with pytest.raises(ValueError, match=r"vae: no file named 'b\.safetensors'.*put it in"):
         runtime.model_path("vae", "b.safetensors")
-    runtime.free_memory(100)
-    assert comfyui.calls == [("free", 100, "meta"), ("empty",)]
+    assert not runtime.shows_previews()
+    comfyui.args.preview_method = "auto"
+    assert runtime.shows_previews()
+
+
+def test_comfyuis_settings_say_the_dtype_as_far_as_anything_runs_in_it(comfyui):
+    for setting, answer in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.float8_e4m3fn, None),
+    ):
+        comfyui.dtype = setting
+        assert runtime.dtype("stage_c", 10**9) == answer
+        assert runtime.dtype("text_encoder", 10**9) is None
 
 
 def test_an_older_comfyui_knows_a_folder_by_its_former_name(comfyui):
@@ -82,7 +99,7 @@ def test_comfyuis_bar_shows_previews_and_stops_the_run(comfyui):
     bar = runtime.progress(4)
     bar.update(1)
     bar.update(2, picture)
-    assert comfyui.calls == [("bar", 4), ("update", 1, 4, None), ("update", 2, 4, ("JPEG", picture, 512))]
+    assert comfyui.calls == [("bar", 4), ("update", 1, 4, None), ("update", 2, 4, ("JPEG", picture, 300))]
     runtime.check_interrupted()
     comfyui.interrupted = True
     with pytest.raises(Interrupted):
@@ -140,7 +157,7 @@ def test_without_a_host_progress_is_silent_and_the_device_is_real():
     assert bar.update(1) is None
     assert runtime.check_interrupted() is None
     assert runtime.device().type in ("cpu", "cuda")
-    runtime.free_memory(1)
+    assert runtime.placed([]) == [] and runtime.dtype("stage_c", 10**9) is None and not runtime.shows_previews()
 
 
 def test_model_lists_hold_model_files_of_former_folders_too(tmp_path):

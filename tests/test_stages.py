@@ -343,7 +343,7 @@ def test_families_do_not_mix(handles, prior, run_b):
 
 
 def test_conditioning_of_core_nodes(texts):
-    wire = [[texts.red.hidden, {"pooled_output": texts.red.pooled, "made_by": "someone"}]]
+    wire = [[texts.red.hidden, {"pooled_output": texts.red.pooled, "control": None}]]
     assert read_condition(wire, "positive").hidden is texts.red.hidden
     for broken, message in (
         (wire + wire, "combines 2 prompts"),
@@ -351,9 +351,16 @@ def test_conditioning_of_core_nodes(texts):
         ([[texts.red.hidden, {}]], "has no pooled text"),
         ([[texts.red.hidden, {"pooled_output": None}]], "has no pooled text"),
         ([[texts.red.hidden, wire[0][1] | {"area": (1, 2, 3, 4)}]], "carries an area"),
+        (
+            [[texts.red.hidden, wire[0][1] | {"hooks": 1, "new_thing": 2}]],
+            r"carries hooks \('hooks'\), 'new_thing', which",
+        ),
+        ([[texts.red.hidden, wire[0][1] | {"stable_cascade_prior": 1}]], "carries a Stage C latent for Stage B"),
     ):
         with pytest.raises(ValueError, match=message):
             read_condition(broken, "positive")
+    with pytest.raises(ValueError, match="carries an area"):
+        read_condition([[texts.red.hidden, wire[0][1] | {"area": (1, 2, 3, 4)}]], "positive", "stage_b")
     with pytest.raises(ValueError, match=r"samples of shape \[16, 3, 3\]"):
         read_latent({"samples": torch.zeros(16, 3, 3)})
     with pytest.raises(ValueError, match="holds str"):
@@ -368,6 +375,10 @@ def test_wires_round_trip():
     same = {"samples": back.samples, "mask": back.mask}
     assert vars(back) == vars(latent) | same
     assert list(Latent(torch.zeros(1, 16, 3, 3)).to_wire()) == ["samples"]
+    # On a wire, a Stage B latent is what ComfyUI's own nodes make and take: Stage A's input without its scale.
+    detail = Latent(torch.ones(1, 4, 4, 4))
+    assert torch.allclose(detail.to_wire("stage_b")["samples"], torch.tensor(0.43))
+    assert torch.allclose(read_latent(detail.to_wire("stage_b"), "stage_b").samples, detail.samples)
     hidden, pooled = torch.zeros(1, 77, 64), torch.zeros(1, 32)
     assert wires.read_condition(wires.write_condition(hidden, pooled), "positive").pooled is pooled
 

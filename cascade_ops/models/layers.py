@@ -22,7 +22,10 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Apply a 1x1 convolution's weights to a channels-last tensor ``[B, H, W, C_in]``."""
+    """Apply a 1x1 convolution to a channels-last tensor ``[B, H, W, C_in]``."""
+    if type(conv) is not nn.Conv2d:
+        # A layer of a host, which fetches its weights only when it is called.
+        return as_channels_last(conv(as_image(x)))
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
@@ -58,8 +61,16 @@ def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Te
     return F.pad(embedding, (0, width % 2))
 
 
+def response_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Scale each channel of ``[B, H, W, C]`` by its share of the response of the whole picture."""
+    # The sum of squares over a picture leaves float16's range long before a single activation does.
+    response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    share = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return torch.addcmul(beta, x, 1 + gamma * share)
+
+
 class GlobalResponseNorm(nn.Module):
-    """Scale each channel by its share of the response of the whole picture; input and output ``[B, H, W, C]``."""
+    """`response_norm` with learned weights; input and output ``[B, H, W, C]``."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -67,10 +78,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The sum of squares over a picture leaves float16's range long before a single activation does.
-        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-        share = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * share)
+        # A host that is short of memory leaves small weights where they were.
+        return response_norm(x, self.gamma.to(x.device), self.beta.to(x.device))
 
 
 def channelwise_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
@@ -119,12 +128,11 @@ class TimestepBlock(nn.Module):
     def prepare(self, embeddings: list[Tensor]) -> Tensor:
         """Map the embeddings ``[S, N or 1, c_timestep]`` of noise level and conditions to ``[S, N or 1, 1, 1, 2 c]``.
 
+        They are in the dtype of the weights.
         The first half of the last axis is the scale with its 1 already added, the second half the shift.
         """
         mappers = [self.mapper, *(getattr(self, f"mapper_{cond}") for cond in self.conds)]
-        modulation = sum(
-            mapper(embedding.to(mapper.weight.dtype)) for mapper, embedding in zip(mappers, embeddings, strict=True)
-        )
+        modulation = sum(mapper(embedding) for mapper, embedding in zip(mappers, embeddings, strict=True))
         scale, shift = modulation.chunk(2, dim=-1)
         return torch.cat([1 + scale, shift], dim=-1)[:, :, None, None, :]
 

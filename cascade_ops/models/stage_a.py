@@ -25,7 +25,7 @@ class MixingBlock(nn.Module):
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gammas
+        gate = self.gammas.to(x.device)  # a host that is short of memory leaves small weights where they were
         mixed = torch.addcmul(gate[1], layer_norm(x), 1 + gate[0])
         x = torch.addcmul(x, as_channels_last(self.depthwise(as_image(mixed))), gate[2])
         mixed = torch.addcmul(gate[4], layer_norm(x), 1 + gate[3])
@@ -42,7 +42,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise ``[B, H, W, c_latent]``; returns the entries, same shape, and their indices ``[B, H, W]``."""
-        distances = torch.cdist(x.float().flatten(0, 2), self.codebook.weight.float())
+        distances = torch.cdist(x.float().flatten(0, 2), self.codebook.weight.to(x.device, torch.float32))
         indices = distances.argmin(dim=-1).view(x.shape[:3])
         return self.codebook(indices), indices
 

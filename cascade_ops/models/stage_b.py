@@ -118,7 +118,7 @@ class StageB(CascadeUNet):
             pixels: optional small picture ``[N, 3, p, q]``.
             sca: size condition ``[N]`` or scalar; None counts as 0.
         """
-        tokens = self.clip_mapper(clip.to(self.clip_mapper.weight.dtype)).reshape(len(clip), -1, self.c_cond)
+        tokens = self.clip_mapper(clip.to(self.dtype)).reshape(len(clip), -1, self.c_cond)
         prepared = self.prepare_blocks(timesteps, layer_norm(tokens), {"sca": sca})
         added = self.picture_condition(effnet, pixels, self.token_size(*size))
         return Prepared(prepared.modulations, prepared.key_values, added)

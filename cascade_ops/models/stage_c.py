@@ -111,9 +111,9 @@ class StageC(CascadeUNet):
         """
 
         def spread(embedding: Tensor, mapper: nn.Linear) -> Tensor:
-            return mapper(embedding.to(mapper.weight.dtype)).reshape(len(embedding), -1, self.c_cond)
+            return mapper(embedding.to(self.dtype)).reshape(len(embedding), -1, self.c_cond)
 
-        tokens = [self.clip_txt_mapper(clip_text.to(self.clip_txt_mapper.weight.dtype))]
+        tokens = [self.clip_txt_mapper(clip_text.to(self.dtype))]
         if clip_text_pooled is not None:
             tokens.append(spread(clip_text_pooled, self.clip_txt_pooled_mapper))
         if clip_img is not None:

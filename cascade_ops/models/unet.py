@@ -162,10 +162,13 @@ class CascadeUNet(nn.Module):
         nn.init.xavier_uniform_(self.embedding[1].weight, 0.02)
         nn.init.zeros_(self.clf[1].weight)
 
+    # Where the layers cast their weights themselves, what they cast them to.
+    compute_dtype: torch.dtype | None = None
+
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.clf[1].weight.dtype
+        """The dtype that the network computes in: that of the weights, unless `compute_dtype` says another."""
+        return self.compute_dtype or self.clf[1].weight.dtype
 
     def blocks_of(self, kind: type) -> list[nn.Module]:
         """All blocks of one class, in the order in which a pass without repeats runs them."""
@@ -202,6 +205,7 @@ class CascadeUNet(nn.Module):
             value = t_conds.get(name)
             value = levels.new_zeros(1) if value is None else torch.as_tensor(value, device=levels.device).float()
             embeddings.append(timestep_embedding(value.reshape(1, -1).expand(len(levels), -1), self.c_r))
+        embeddings = [embedding.to(self.dtype) for embedding in embeddings]
         return Prepared(
             tuple(block.prepare(embeddings) for block in self.blocks_of(TimestepBlock)),
             tuple(block.prepare(condition) for block in self.blocks_of(AttnBlock)),

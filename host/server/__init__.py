@@ -1,0 +1,1 @@
+"""ComfyUI's HTTP and WebSocket interface over the embedded host."""

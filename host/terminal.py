@@ -1,0 +1,39 @@
+"""What the commands say, how they end, and what Ctrl-C does to them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def say(message: str) -> None:
+    """Tell the user something, on standard error."""
+    print(f"cascade: {message}", file=sys.stderr)
+
+
+def refuse(message: str) -> int:
+    """Say why nothing was run; returns the exit code."""
+    say(message)
+    return USAGE
+
+
+@contextmanager
+def interrupting(*steps: Callable[[], object]) -> Iterator[None]:
+    """Let the first Ctrl-C inside the block call the first of `steps`, and so on; one more ends the program."""
+    left = list(steps)
+
+    def on_interrupt(number: int, frame: object) -> None:
+        step = left.pop(0)
+        if not left:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        step()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,152 @@
+"""Our networks with ComfyUI's layers in them.
+
+ComfyUI moves weights between devices layer by layer. A layer of `comfy.ops` whose weights were left in main memory
+fetches them, with patches applied, when it is called; a layer of PyTorch fails there. So a network that ComfyUI manages
+is rebuilt: the same modules, the same `Parameter` objects, but the layers that hold weights are ComfyUI's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cascade_ops.models.layers import Attention, GlobalResponseNorm, response_norm
+
+# Gives the layer to put in place of the one of that name, or None to look inside it.
+Lend = Callable[[str, nn.Module], nn.Module | None]
+
+
+def rebuilt(module: nn.Module, lend: Lend, name: str = "") -> nn.Module:
+    """A module of the same structure with other layers in it; what `lend` does not replace is shared, not copied."""
+    given = lend(name, module)
+    if given is not None:
+        return given
+    copy = _shallow(module)
+    copy._modules = {
+        child: None if inner is None else rebuilt(inner, lend, f"{name}.{child}" if name else child)
+        for child, inner in module._modules.items()
+    }
+    return copy
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    copy._parameters = dict(module._parameters)
+    copy._buffers = dict(module._buffers)
+    return copy
+
+
+def comfyui_layer(name: str, layer: nn.Module) -> nn.Module | None:
+    """ComfyUI's layer over the same weights, or a layer that follows its input; None for anything else."""
+    if type(layer) is Attention:
+        width = layer.out_proj.in_features
+        packed = _with_weights(
+            _operations().Linear(width, 3 * width, device="meta"), layer.in_proj_weight, layer.in_proj_bias
+        )
+        out = comfyui_layer(name, layer.out_proj)
+        return LentAttention(layer.nhead, layer.dropout, [packed], out)
+    if type(layer) is nn.BatchNorm2d:
+        copy = _shallow(layer)
+        copy.__class__ = FollowingBatchNorm
+        return copy
+    make = _MAKERS.get(type(layer))
+    return None if make is None else _with_weights(make(layer), layer.weight, getattr(layer, "bias", None))
+
+
+def lent_by(network: nn.Module) -> Lend:
+    """Lends the layers of ComfyUI's own Stage B or C, which bear the published names except in attention."""
+
+    def lend(name: str, layer: nn.Module) -> nn.Module | None:
+        if type(layer) is Attention:
+            core = network.get_submodule(name)
+            return LentAttention(layer.nhead, layer.dropout, [core.to_q, core.to_k, core.to_v], core.out_proj)
+        if type(layer) is GlobalResponseNorm:
+            return LentResponseNorm(network.get_submodule(name))
+        return network.get_submodule(name) if type(layer) in _MAKERS else None
+
+    return lend
+
+
+class LentAttention(Attention):
+    """Attention over given layers: one for query, key and value packed, or one for each of them."""
+
+    def __init__(self, nhead: int, dropout: float, projections: Sequence[nn.Module], out_proj: nn.Module):
+        nn.Module.__init__(self)
+        self.nhead, self.dropout, self.out_proj = nhead, dropout, out_proj
+        self.projections = nn.ModuleList(projections)
+        self.eval()
+
+    def project(self, tokens: Tensor, parts: slice) -> Tensor:
+        if len(self.projections) == 3:
+            return torch.cat([layer(tokens) for layer in self.projections[parts]], dim=-1)
+        c = tokens.shape[-1]
+        return self.projections[0](tokens)[..., parts.start * c : parts.stop * c]
+
+
+class LentResponseNorm(GlobalResponseNorm):
+    """Global response norm with the weights of another one, read at each call: a patch may have replaced them."""
+
+    def __init__(self, norm: nn.Module):
+        nn.Module.__init__(self)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return response_norm(x, self.norm.gamma.to(x), self.norm.beta.to(x))
+
+
+class FollowingBatchNorm(nn.BatchNorm2d):
+    """Batch norm, as in evaluation, that runs where its input is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance, weight, bias = (
+            tensor.to(x.device) for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+
+
+def _operations():
+    return importlib.import_module("comfy.ops").disable_weight_init
+
+
+def _with_weights(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+    layer.weight = weight
+    if bias is not None or "bias" in layer._parameters:
+        layer.bias = bias
+    return layer.eval()
+
+
+def _convolution(kind: str) -> Callable[[nn.Module], nn.Module]:
+    def make(layer: nn.Module) -> nn.Module:
+        more = {"output_padding": layer.output_padding} if kind == "ConvTranspose2d" else {}
+        return getattr(_operations(), kind)(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            device="meta",
+            **more,
+        )
+
+    return make
+
+
+# On the meta device: the layer's own weights take no memory and are replaced at once.
+_MAKERS: dict[type, Callable[[nn.Module], nn.Module]] = {
+    nn.Linear: lambda layer: _operations().Linear(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+    ),
+    nn.LayerNorm: lambda layer: _operations().LayerNorm(layer.normalized_shape, eps=layer.eps, device="meta"),
+    nn.Embedding: lambda layer: _operations().Embedding(layer.num_embeddings, layer.embedding_dim, device="meta"),
+    nn.Conv2d: _convolution("Conv2d"),
+    nn.ConvTranspose2d: _convolution("ConvTranspose2d"),
+}

@@ -1,0 +1,109 @@
+"""Estimated memory against the tensors that a run of the published sizes keeps alive, counted without computing."""
+
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stable_cascade_nodes.cascade_ops import memory
+from stable_cascade_nodes.cascade_ops.checkpoints.loading import ParametersWithoutMemory
+from stable_cascade_nodes.cascade_ops.denoisers import TextCondition
+from stable_cascade_nodes.cascade_ops.handles import StageHandle
+from stable_cascade_nodes.cascade_ops.models import Previewer, StageA, StageB, StageC
+
+LITE_C = {"c_cond": 1536, "c_hidden": [1536, 1536], "nhead": [24, 24], "blocks": [[4, 12], [12, 4]]}
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of new tensors alive at once."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.alive, self.bytes, self.most = set(), 0, 0
+        self.weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive or key in self.weights:
+            return
+        self.alive.add(key)
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key, size):
+        self.alive.discard(key)
+        self.bytes -= size
+
+
+@pytest.fixture(autouse=True)
+def attention_without_scores(monkeypatch):
+    """What fused attention needs: nothing but its result."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q.contiguous()))
+
+
+def handle(stage, network, dtype, **arguments):
+    with ParametersWithoutMemory():
+        module = network(**arguments)
+    module = module.to("meta", dtype).eval().requires_grad_(False)
+    return StageHandle(stage, module, SimpleNamespace(title=stage), "test")
+
+
+def counted(handle, run):
+    peak = Peak(handle.module)
+    with torch.no_grad(), peak:
+        run(handle.module)
+    return peak.most
+
+
+def empty(*shape):
+    return torch.empty(shape, device="meta")
+
+
+@pytest.mark.parametrize("config", [{}, LITE_C], ids=["3.6B", "1B lite"])
+@pytest.mark.parametrize(("batch", "side", "text"), [(1, 24, 77), (4, 24, 77), (1, 64, 77), (1, 24, 231)])
+def test_stage_c(config, batch, side, text):
+    stage_c = handle("stage_c", StageC, torch.bfloat16, **config)
+    halves = 2 * batch
+
+    def run(model):
+        prepared = model.prepare(empty(20), empty(halves, text, 1280), empty(halves, 1, 1280), empty(halves, 1, 768))
+        model.step(empty(halves, 16, side, side), prepared, 0)
+
+    prompts = [TextCondition(empty(1, text, 1280), empty(1, 1280)), TextCondition(empty(1, 77, 1280), empty(1, 1280))]
+    tokens = memory.condition_tokens(stage_c, prompts, [None, None])
+    assert tokens == text + 8
+    estimate = memory.sampling_bytes(stage_c, (batch, 16, side, side), tokens)
+    assert 0.95 < estimate / counted(stage_c, run) < 1.7
+
+
+@pytest.mark.parametrize(("batch", "side"), [(1, 256), (4, 256), (1, 512)])
+def test_stage_b(batch, side):
+    stage_b = handle("stage_b", StageB, torch.bfloat16)
+    halves = 2 * batch
+
+    def run(model):
+        prepared = model.prepare(empty(10), empty(halves, 16, 24, 24), empty(halves, 1, 1280), (side, side))
+        model.step(empty(halves, 4, side, side), prepared, 0)
+
+    estimate = memory.sampling_bytes(stage_b, (batch, 4, side, side), 4)
+    assert 1 < estimate / counted(stage_b, run) < 1.4
+
+
+def test_stage_a_and_previewer():
+    stage_a, previewer = handle("stage_a", StageA, torch.float32), handle("previewer", Previewer, torch.float32)
+    for side in (64, 256):
+        estimate = memory.decoding_bytes(stage_a, (3, 4, side, side))
+        assert 1 < estimate / counted(stage_a, lambda model, side=side: model.decode(empty(1, 4, side, side))) < 1.4
+        estimate = memory.preview_bytes(previewer, (2, 16, side, side))
+        assert 1 < estimate / counted(previewer, lambda model, side=side: model(empty(2, 16, side, side))) < 1.4
