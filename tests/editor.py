@@ -128,7 +128,7 @@ class Editor:
 
     def _console(self, message):
         # Failed requests are judged by their address.
-        quiet = "Failed to load resource" in message.text
+        quiet = "Failed to load resource" in message.text or ("user.css" in message.text and "MIME" in message.text)
         if message.type == "error" and not quiet:
             self.faults.append(f"console: {message.text}")
 

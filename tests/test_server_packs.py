@@ -145,7 +145,7 @@ def test_the_editor(tmp_path, frontend, pack):
         (200, "text/javascript", "CORE"),
         (200, "text/javascript", "CORE"),
     ]
-    missing = ("/api/nothing", "/nothing", "/scripts", "/extensions/core", "/experiment/models")
+    missing = ("/user.css", "/api/nothing", "/nothing", "/scripts", "/extensions/core", "/experiment/models")
     assert get(tmp_path, *missing, frontend=frontend) == [(404, "application/octet-stream", "")] * len(missing)
 
 

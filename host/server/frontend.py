@@ -51,10 +51,6 @@ def frontend_routes(server: Server) -> list[web.RouteDef]:
     async def logos(request: web.Request) -> web.Response:
         return json_response({})
 
-    # The page links it whether there is one or not.
-    async def no_style(request: web.Request) -> web.Response:
-        return web.Response(content_type="text/css")
-
     async def any_file(request: web.Request) -> web.StreamResponse:
         return editor_file(server, request.match_info["path"])
 
@@ -62,7 +58,6 @@ def frontend_routes(server: Server) -> list[web.RouteDef]:
         web.get("/", page),
         web.get("/templates/index_logo.json", logos),
         web.get(r"/templates/index{language:(\.[\w-]+)?}.json", templates),
-        web.get("/user.css", no_style),
         web.get("/{path:.*}", any_file),
     ]
 
