@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ..cascade_ops.handles import StageHandle
 
 
+# The longest side, in pixels, of a preview in the editor; ComfyUI's default.
+PREVIEW_SIZE = 512
+
+
 class HostBackend:
     """Device, progress, interruption and folders of one embedded host."""
 
@@ -68,4 +72,6 @@ class HostProgress:
         self._bar = ProgressBar(total)
 
     def update(self, value: int, preview: Image.Image | None = None) -> None:
-        self._bar.update_absolute(value, preview=preview)
+        # The editor draws previews at their own size, and Stage C's are small.
+        picture = None if preview is None else ("JPEG", preview, PREVIEW_SIZE)
+        self._bar.update_absolute(value, preview=picture)

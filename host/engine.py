@@ -38,7 +38,7 @@ class Host:
 
     `deliver(type, data, client_id)` receives every message, in order; a `client_id` of None means all clients. Messages
     about a prompt that names no client are not sent, except progress, interruption and the state of the queue.
-    `preview` messages carry a PIL image (see `progress.NodeProgress`); all others are plain data.
+    `preview` messages carry a picture (see `progress.NodeProgress`); all others are plain data.
     """
 
     def __init__(

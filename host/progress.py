@@ -14,7 +14,8 @@ class NodeProgress:
     """The progress of all nodes of one run, announced at every change.
 
     Messages: `progress_state` with every node that has started; `progress` for a node's own steps; `preview`, whose
-    data holds a PIL image under `image` besides the ids of the node, for a host to encode for its clients.
+    data holds a picture under `image` (see `ProgressBar.update_absolute`) besides the ids of the node, for a host to
+    encode for its clients.
     """
 
     def __init__(self, prompt_id: str, send: Send, check_interrupted: Callable[[], None]) -> None:
@@ -96,7 +97,10 @@ class ProgressBar:
         self.update_absolute(self.current + value)
 
     def update_absolute(self, value: int, total: int | None = None, preview: Any | None = None) -> None:
-        """Set the steps done, optionally the total, and show `preview`, a PIL image."""
+        """Set the steps done, optionally the total, and show `preview`.
+
+        preview: a PIL image, or a tuple of format ("JPEG" or "PNG"), PIL image and longest side (None: as it is).
+        """
         if total is not None:
             self.total = total
         self.current = min(value, self.total)

@@ -452,7 +452,7 @@ def test_previews_travel_with_the_ids_of_their_node(bench):
     first = kinds.index("preview")
     assert kinds[first - 1 : first + 2] == ["progress_state", "preview", "progress"]
     assert kinds.count("preview") == 1
-    assert b.messages[first][1]["image"] is picture
+    assert b.messages[first][1]["image"] == ("JPEG", picture, 512)
     assert b.messages[first][1]["node_id"] == "1"
     assert [data["value"] for kind, data in b.messages if kind == "progress"] == [1, 2]
 

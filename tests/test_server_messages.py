@@ -127,6 +127,7 @@ def test_previews_tell_their_node_to_those_who_can_read_it(tmp_path):
         (Image.new("RGBA", (8, 8), (0, 0, 255, 0)), "JPEG", (8, 8)),
         (Image.new("L", (1024, 256)), "JPEG", (512, 128)),
         (("PNG", Image.new("RGB", (300, 600)), 100), "PNG", (50, 100)),
+        (("JPEG", Image.new("RGB", (48, 24)), 512), "JPEG", (512, 256)),
         (("JPEG", Image.new("RGB", (600, 300)), None), "JPEG", (512, 256)),
     ],
 )

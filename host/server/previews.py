@@ -34,7 +34,9 @@ def preview_frames(data: dict[str, Any]) -> PreviewFrames:
     if isinstance(image, tuple):
         kind, image, largest = image
     kind = kind if kind in _FORMATS else "JPEG"
-    picture = _encode(image, kind, largest or _LARGEST_SIDE)
+    # A side that a node names is what it gets, of small pictures too; the others are only kept from growing too large.
+    side = largest or min(max(image.size), _LARGEST_SIDE)
+    picture = _encode(image, kind, side)
     ids = {name: value for name, value in data.items() if name != "image"}
     metadata = json.dumps({**ids, "image_type": f"image/{kind.lower()}"}).encode()
     return PreviewFrames(
@@ -43,11 +45,11 @@ def preview_frames(data: dict[str, Any]) -> PreviewFrames:
     )
 
 
-def _encode(image: Image.Image, kind: str, largest: int) -> bytes:
+def _encode(image: Image.Image, kind: str, side: int) -> bytes:
     from PIL import ImageOps
 
-    # Small pictures are enlarged too, as ComfyUI does: the editor draws previews at their own size.
-    image = ImageOps.contain(image, (largest, largest))
+    if max(image.size) != side:
+        image = ImageOps.contain(image, (side, side))
     file = io.BytesIO()
     if kind == "JPEG":
         image.convert("RGB").save(file, "JPEG", quality=_JPEG_QUALITY)
