@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import serve
 from .client import command as submit
 from .problems import describe_problems
-from .terminal import FAILED, INTERRUPTED, OK, interrupting, refuse, say
+from .terminal import FAILED, INTERRUPTED, OK, add_graph_arguments, interrupting, refuse, say
 
 if TYPE_CHECKING:
     from .engine import Host
@@ -58,21 +58,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a graph in API format", description="Run a graph in API format.")
     run.set_defaults(command=_run)
-    run.add_argument("workflow", type=Path, help="JSON in API format, or a PNG that was saved with its graph")
-    run.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="NODE.INPUT=VALUE",
-        help="set an input; NODE is an id, or a class or title that only one node has",
-    )
+    add_graph_arguments(run)
     run.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="holds models/, input/ and output/")
     run.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: output/ in --data)")
-    run.add_argument(
-        "--workflow", dest="editor_file", type=Path, metavar="FILE", help="workflow to keep in the pictures"
-    )
-    run.add_argument("--traceback", action="store_true", help="show where in the code a node failed")
 
     demo = commands.add_parser("demo", help="make a picture from a prompt", description="Make a picture from a prompt.")
     demo.set_defaults(command=_demo)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_cascade_nodes.cascade_ops import stages, wires
-from stable_cascade_nodes.cascade_ops.handles import choose_dtype, load_stage
+from stable_cascade_nodes.cascade_ops.handles import load_stage
 from stable_cascade_nodes.cascade_ops.stages import SamplingSettings
 from stable_cascade_nodes.cascade_ops.wires import Latent, read_condition, read_latent
 
@@ -383,58 +383,6 @@ def test_wires_round_trip():
     assert wires.read_condition(wires.write_condition(hidden, pooled), "positive").pooled is pooled
 
 
-# Handles -------------------------------------------------------------------------------------------------------
-
-
-def test_a_handle_moves_as_a_copy(handles):
-    for stage in ("stage_c", "previewer", "text_encoder"):
-        handle = handles[stage]
-        assert handle.to("cpu") is handle
-        moved = handle.to("meta")
-        assert moved is not handle and moved.device.type == "meta" and handle.device.type == "cpu"
-        assert moved.name == handle.name and moved.info is handle.info
-        module = moved.module if stage != "text_encoder" else moved.module.module
-        assert all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-
-
-def info_of(stage, parameters):
-    return SimpleNamespace(
-        stage=stage, parameters=parameters, path=SimpleNamespace(name="big.safetensors"), title="3.6B"
-    )
-
-
-def test_full_size_stage_c_is_not_run_in_float16(monkeypatch):
-    cpu = torch.device("cpu")
-    full, lite = info_of("stage_c", 3_589_103_632), info_of("stage_c", 1_030_785_040)
-    with pytest.raises(ValueError, match=r"big.safetensors is 3.6B, whose activations overflow in float16"):
-        choose_dtype("float16", full, cpu)
-    assert choose_dtype("float16 (fixed weights)", full, cpu) == torch.float16
-    assert choose_dtype("float16", lite, cpu) == torch.float16
-    with pytest.raises(ValueError, match="dtype 'half' is unknown"):
-        choose_dtype("half", lite, cpu)
-
-
-def test_auto_dtype(monkeypatch):
-    from stable_cascade_nodes.cascade_ops import handles
-
-    full, small = info_of("stage_c", 3_589_103_632), info_of("stage_c", 1_000_000)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for memory, expected in ((64e9, torch.float32), (16e9, torch.bfloat16), (None, torch.float32)):
-        monkeypatch.setattr(handles, "_main_memory", lambda memory=memory: memory)
-        assert choose_dtype("auto", full, cpu) == expected
-    assert choose_dtype("auto", small, cpu) == torch.float32
-    for capability, expected in (((8, 0), torch.bfloat16), ((7, 5), torch.float32)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        monkeypatch.setattr(torch.version, "hip", None)
-        assert choose_dtype("auto", full, cuda) == expected
-        assert choose_dtype("auto", small, cuda) == torch.float32
-
-
-def test_dtype_is_that_of_the_weights(small_family):
-    for stage in ("stage_c", "text_encoder"):
-        assert load_stage(small_family.paths[stage], stage, dtype="bfloat16").dtype == torch.bfloat16
-
-
 def test_previews(handles, prior, run_b):
     small = stages.preview_latent(handles["previewer"], prior)
     assert small.shape == (2, 16, 24, 3) and small.std() > 1e-3 and small.min() >= 0 and small.max() <= 1
@@ -442,20 +390,3 @@ def test_previews(handles, prior, run_b):
     assert stages.preview_stage_b(handles["stage_a"], torch.zeros(1, 4, 128, 64)).shape == (1, 256, 128, 3)
     picture = stages.to_picture(torch.tensor([[[0.0, 0.5, 1.0]]]))
     assert picture.size == (1, 1) and picture.getpixel((0, 0)) == (0, 128, 255)
-
-
-def test_small_models_run_on_one_thread_and_the_number_comes_back(handles):
-    from stable_cascade_nodes.cascade_ops.threads import threads_for
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        with pytest.raises(RuntimeError, match="stop"), threads_for(handles["stage_c"]):
-            assert torch.get_num_threads() == 1
-            raise RuntimeError("stop")
-        assert torch.get_num_threads() == 3
-        large = replace(handles["stage_c"], info=replace(handles["stage_c"].info, parameters=10**9))
-        with threads_for(large):
-            assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..console import ConsoleProgress
 from ..graph import Prompt
 from ..problems import describe_problems
-from ..terminal import FAILED, INTERRUPTED, OK, interrupting, refuse, say
+from ..terminal import FAILED, INTERRUPTED, OK, add_graph_arguments, interrupting, refuse, say
 from . import events as happened
 from .address import DEFAULT_SERVER, server_address
 from .errors import ClientError, ExecutionFailed, JobInterrupted, PromptRefused
@@ -31,21 +31,9 @@ def add_command(commands: Any) -> None:
         description="Run a graph in API format on a ComfyUI server or on `cascade serve`, and save its pictures here.",
     )
     parser.set_defaults(command=_submit)
-    parser.add_argument("workflow", type=Path, help="JSON in API format, or a PNG that was saved with its graph")
+    add_graph_arguments(parser)
     parser.add_argument("--server", default=DEFAULT_SERVER, metavar="URL", help=f"default: {DEFAULT_SERVER}")
-    parser.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="NODE.INPUT=VALUE",
-        help="set an input; NODE is an id, or a class or title that only one node has",
-    )
     parser.add_argument("--out", type=Path, default=Path("output"), metavar="DIR", help="default: output/")
-    parser.add_argument(
-        "--workflow", dest="editor_file", type=Path, metavar="FILE", help="workflow to keep in the pictures"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where in the code a node failed")
 
 
 def _submit(arguments: argparse.Namespace) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
 
 from .context import Server
+from .guard import Handler
 from .json_data import id_list, json_response, read_object
 
 
@@ -19,34 +21,18 @@ def routes(server: Server) -> list[web.RouteDef]:
             {"queue_running": [job.as_list() for job in running], "queue_pending": [job.as_list() for job in pending]}
         )
 
-    async def change_queue(request: web.Request) -> web.Response:
-        body = await read_object(request)
-        if body.get("clear"):
-            host.remove_pending()
-        for prompt_id in id_list(body, "delete"):
-            host.remove_pending(prompt_id)
-        return web.Response()
-
     async def history(request: web.Request) -> web.Response:
         return json_response(history_page(host.history(), whole(request, "max_items"), whole(request, "offset")))
 
     async def history_entry(request: web.Request) -> web.Response:
         return json_response(host.history(request.match_info["prompt_id"]))
 
-    async def change_history(request: web.Request) -> web.Response:
-        body = await read_object(request)
-        if body.get("clear"):
-            host.forget()
-        for prompt_id in id_list(body, "delete"):
-            host.forget(prompt_id)
-        return web.Response()
-
     return [
         web.get("/queue", queue),
-        web.post("/queue", change_queue),
+        web.post("/queue", removing(host.remove_pending)),
         web.get("/history", history),
         web.get("/history/{prompt_id}", history_entry),
-        web.post("/history", change_history),
+        web.post("/history", removing(host.forget)),
     ]
 
 
@@ -70,3 +56,17 @@ def whole(request: web.Request, name: str) -> int | None:
         return int(value)
     except ValueError:
         raise ValueError(f"{name} is {value[:50]!r}; expected a whole number") from None
+
+
+def removing(remove: Callable[..., object]) -> Handler:
+    """A handler of `{"clear": true}` and `{"delete": [ids]}`; `remove` takes one id, or none for all."""
+
+    async def handler(request: web.Request) -> web.Response:
+        body = await read_object(request)
+        if body.get("clear"):
+            remove()
+        for prompt_id in id_list(body, "delete"):
+            remove(prompt_id)
+        return web.Response()
+
+    return handler
