@@ -12,6 +12,10 @@ def open_host(folders: DataFolders, deliver: Deliver | None = None) -> Host:
     from .. import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
     host = Host(folders, deliver)
-    package = __name__.split(".")[-3]
-    host.registry.add(NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, python_module=f"custom_nodes.{package}")
+    host.registry.add(NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, python_module=f"custom_nodes.{pack_name()}")
     return host
+
+
+def pack_name() -> str:
+    """The name under which the editor knows this package: that of its folder, as in ComfyUI."""
+    return __name__.split(".")[-3]

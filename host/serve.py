@@ -120,7 +120,7 @@ def _stopping(stopped: asyncio.Event) -> Iterator[None]:
 
 def _url(address: str, port: int) -> str:
     """Where the editor opens, with the text-to-image workflow in it."""
-    from .server.app import pack_name
+    from .pack import pack_name
 
     if address in ("0.0.0.0", "::", ""):
         address = "127.0.0.1"

@@ -6,7 +6,8 @@ import logging
 import pytest
 from server_kit import run, serving
 
-from stable_cascade_nodes.host.server.app import cascade_app, frontend_folder, pack_name
+from stable_cascade_nodes.host.pack import pack_name
+from stable_cascade_nodes.host.server.app import cascade_app, frontend_folder
 from stable_cascade_nodes.host.server.context import Pack
 
 

@@ -17,6 +17,7 @@ from ... import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from ..core_nodes import PREVIEW_PREFIX
 from ..engine import HISTORY_LENGTH, Host
 from ..folders import DataFolders
+from ..pack import pack_name
 from . import hub, info, internal, jobs, logs, models, packs, prompts, queue, uploads, userdata, users, view
 from .context import MAX_UPLOAD_SIZE, Pack, Server
 from .frontend import frontend_routes
@@ -82,11 +83,6 @@ def cascade_app(
         frontend=frontend,
         allowed_hosts=allowed_hosts,
     )
-
-
-def pack_name() -> str:
-    """The name under which the editor knows this package: that of its folder, as in ComfyUI."""
-    return __name__.split(".")[-4]
 
 
 def frontend_folder() -> Path | None:

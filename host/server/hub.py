@@ -62,7 +62,7 @@ class Hub:
         await asyncio.gather(*(client.close() for client in self._connected))
 
     def deliver(self, kind: str, data: dict[str, Any], client_id: str | None) -> None:
-        """Send a message to one client, or to all where `client_id` is None. A `preview` holds a PIL image."""
+        """Send a message to one client, or to all where `client_id` is None. A `preview` holds a picture."""
         loop = self._loop
         if loop is None or (kind == "preview" and not self._has_client(client_id)):
             return
