@@ -63,7 +63,7 @@ class CascadePipeline:
         unknown = sorted(set(chosen) - set(_STAGES))
         if unknown:
             raise ValueError(f"The source names {unknown[0]!r}, expected stages out of {', '.join(_STAGES)}.")
-        files_of = _files_of(AUTO if isinstance(source, Mapping) else source)
+        files_of = model_files(AUTO if isinstance(source, Mapping) else source)
         handles = {}
         for stage in _STAGES:
             if stage in chosen:
@@ -131,7 +131,7 @@ class CascadePipeline:
         return [stages.to_picture(picture) for picture in pictures]
 
 
-def _files_of(source: str | os.PathLike[str]) -> FilesOf:
+def model_files(source: str | os.PathLike[str]) -> FilesOf:
     """What `catalog.best` looks through."""
     if source == "tiny":
         return lambda stage: []

@@ -1,0 +1,78 @@
+"""The models that a run starts from, loaded when they are first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..catalog import AUTO, ModelFile, best
+from ..handles import StageHandle, load_stage
+from ..pipeline import model_files
+from .settings import Models
+
+
+class Parts:
+    """Loads the files that `Models` names; `given` are handles that are there already, by stage.
+
+    frozen_dtype: of the weights that only run, ``float32`` or ``bfloat16``. Weights to be trained are loaded as
+    float32 whatever the file holds.
+    """
+
+    def __init__(
+        self,
+        models: Models | None = None,
+        given: Mapping[str, StageHandle] | None = None,
+        frozen_dtype: str = "float32",
+    ):
+        self.models = models or Models()
+        self.frozen_dtype = frozen_dtype
+        self._handles: dict[tuple[str, str], StageHandle] = {
+            (stage, frozen_dtype): handle for stage, handle in (given or {}).items()
+        }
+        self._given = set(given or {})
+
+    def path(self, stage: str) -> Path:
+        """The file of a stage: the one that the settings name, or what ``auto`` finds."""
+        return Path(self._file(stage).path)
+
+    def load(self, stage: str, *, trained: bool = False) -> StageHandle:
+        """The stage on the CPU, in evaluation mode, the same handle at every call.
+
+        trained: the caller trains these weights: a float32 copy of its own, which later calls do not see.
+
+        Raises:
+            ValueError: no such file, or one that holds something else; see `handles.load_stage`.
+        """
+        if trained and stage in self._given:
+            return _own_copy(self._handles[stage, self.frozen_dtype])
+        if trained:
+            return self._load(stage, "float32")
+        key = (stage, self.frozen_dtype)
+        if key not in self._handles:
+            self._handles[key] = self._load(stage, self.frozen_dtype)
+        return self._handles[key]
+
+    def _load(self, stage: str, dtype: str) -> StageHandle:
+        file = self._file(stage)
+        return load_stage(file.path, stage, dtype=dtype, name=file.name)
+
+    def _file(self, stage: str) -> ModelFile:
+        wanted = getattr(self.models, stage)
+        if wanted == AUTO:
+            return best(stage, model_files(AUTO))
+        return ModelFile(Path(wanted).name, wanted)
+
+
+def _own_copy(handle: StageHandle) -> StageHandle:
+    """The handle with its own float32 weights, outside of inference mode, where a host may have loaded the first."""
+    import copy
+    from dataclasses import replace
+
+    with torch.inference_mode(False):
+        module = copy.deepcopy(handle.module)
+        network = module if isinstance(module, torch.nn.Module) else module.module
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone().float()
+        return replace(handle, module=module)

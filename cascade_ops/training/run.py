@@ -1,0 +1,74 @@
+"""A whole training run: models, data, loop, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from . import targets
+from .accelerated import default_launch
+from .checkpoint import whole
+from .data import TrainingData
+from .launch import Launch
+from .objective import Objective, Report, Trained
+from .parts import Parts
+from .settings import Settings
+from .trainer import BatchSource, Trainer
+
+
+def train(
+    settings: Settings,
+    *,
+    parts: Parts | None = None,
+    data: BatchSource | None = None,
+    launch: Launch | None = None,
+    report: Report = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Trained:
+    """Train what the settings describe, or go on with it, and write the finished files to the run's folder.
+
+    parts: the models to start from, where they are loaded already. data: batches from elsewhere than `settings.data`.
+    launch: the processes; by default one, or those of ``accelerate launch``. report: hears of each step in the main
+    process. stop: True ends the run after the step, with what was learned so far exported. say: gets lines for people,
+    such as which pictures were skipped.
+
+    Raises:
+        ValueError: settings, models or data that do not fit.
+        FloatingPointError: the loss became infinite or no number.
+    """
+    launch = launch or default_launch(settings.precision)
+    quiet = say if launch.index == 0 else (lambda line: None)
+    parts = parts or Parts(settings.models, frozen_dtype=settings.precision)
+    objective = targets.build(settings, parts)
+    if data is None:
+        # The first process fills the cache that the others then read.
+        if launch.index == 0:
+            data = TrainingData.open(settings, objective.needs, parts, quiet)
+        launch.wait()
+        if data is None:
+            data = TrainingData.open(settings, objective.needs, parts, quiet)
+    trainer = Trainer(objective, data, settings, launch, report, stop)
+    finished = trainer.run()
+    files: list[Path] = []
+    with trainer.average.in_place():
+        whole = _whole(trainer, settings, parts)
+        if launch.index == 0 and whole is not None:
+            whole.to("cpu").eval()
+            files = whole.export(Path(settings.output), settings.name or settings.target)
+    launch.wait()
+    return Trained(files, trainer.step, trainer.losses, objective, finished)
+
+
+def _whole(trainer: Trainer, settings: Settings, parts: Parts) -> Objective | None:
+    """The objective with its weights in one piece, in the main process; all processes must call it."""
+    spread = any(hasattr(parameter, "full_tensor") for parameter in trainer.parameters.values())
+    if not spread:
+        return trainer.objective
+    weights = {name: whole(parameter) for name, parameter in trainer.parameters.items()}
+    if trainer.launch.index != 0:
+        return None
+    objective = targets.build(settings, parts)
+    objective.load_state_dict(weights, strict=False)
+    objective.load_state(trainer.objective.state())
+    return objective
