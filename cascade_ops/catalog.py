@@ -26,7 +26,16 @@ STAGE_FOLDERS = {
     "stage_a": ("vae", "checkpoints"),
     "text_encoder": ("text_encoders", "checkpoints"),
     "previewer": ("vae_approx", "vae", "checkpoints"),
+    "latent_encoder": ("vae", "checkpoints"),
+    "image_encoder": ("clip_vision", "checkpoints"),
+    "controlnet": ("controlnet",),
+    # ComfyUI has no folder for these.
+    "ip_adapter": ("controlnet",),
+    "lora": ("loras",),
 }
+
+# As in control.CONTROL_KINDS, which is not imported here because it needs PyTorch.
+CONTROL_KINDS = ("canny", "inpainting", "super_resolution", "identity")
 
 _SUFFIXES = (".safetensors", ".sft")
 _BUNDLED_FOLDER = Path(__file__).parents[1] / "tiny" / "weights"
@@ -42,9 +51,10 @@ class ModelFile(NamedTuple):
 FilesOf = Callable[[str], Sequence[ModelFile]]  # the user's files that may hold a stage, bundled ones not included
 
 
-def bundled(stage: str) -> ModelFile:
-    """The file of the tiny family that comes with this package."""
-    return ModelFile(BUNDLED, str(_BUNDLED_FOLDER / f"{stage}.safetensors"))
+def bundled(stage: str, kind: str = "") -> ModelFile:
+    """The file of the tiny family that comes with this package; `kind` says which of its ControlNets."""
+    name = f"{stage}_{kind}" if kind else stage
+    return ModelFile(BUNDLED, str(_BUNDLED_FOLDER / f"{name}.safetensors"))
 
 
 def fingerprint(path: str) -> str:
@@ -92,21 +102,23 @@ def part_of(path: str, stage: str) -> FileInfo | None:
     return parts[0]
 
 
-def best(stage: str, files_of: FilesOf) -> ModelFile:
+def best(stage: str, files_of: FilesOf, kind: str = "") -> ModelFile:
     """The file that `auto` takes: published full size, then lite, then other sizes, then the bundled tiny one.
 
     Among files of one size, whole floats come before 8-bit ones, more parameters before fewer, and then the order of
-    the list counts. A text encoder must be one that can feed the Stage C that `auto` takes: its folder usually holds
-    CLIP models of other families too.
+    the list counts. What works with a Stage C must be one that fits the Stage C that `auto` takes: a folder usually
+    holds CLIP models of other families too. kind: of control, for a ControlNet.
     """
     parts = [(file, part_of(file.path, stage)) for file in files_of(stage)]
     found = [(file, part) for file, part in parts if part is not None]
-    if stage == "text_encoder":
+    if kind:
+        found = [(file, part) for file, part in found if part.control.get("kind") == kind]
+    if stage in _FITS and found:
         stage_c = part_of(best("stage_c", files_of).path, "stage_c")
         if stage_c is not None:
-            found = [(file, part) for file, part in found if text_widths(part) == text_widths(stage_c)]
+            found = [(file, part) for file, part in found if _FITS[stage](part, stage_c)]
     if not found:
-        return bundled(stage)
+        return bundled(stage, kind)
     return min(found, key=lambda pair: _order(pair[1]))[0]
 
 
@@ -130,6 +142,31 @@ def text_widths(part: FileInfo) -> tuple[int, int]:
     if part.stage == "text_encoder":
         return part.config["hidden_size"], part.config["projection_dim"]
     return part.config["c_clip_text"], part.config["c_clip_text_pooled"]
+
+
+def _text_encoder_fits(part: FileInfo, stage_c: FileInfo) -> bool:
+    return text_widths(part) == text_widths(stage_c)
+
+
+def _image_encoder_fits(part: FileInfo, stage_c: FileInfo) -> bool:
+    return part.config["projection_dim"] == stage_c.config["c_clip_img"]
+
+
+def _controlnet_fits(part: FileInfo, stage_c: FileInfo) -> bool:
+    blocks = sum(map(sum, stage_c.config["blocks"]))
+    return part.config["c_proj"] in stage_c.config["c_hidden"] and max(part.config["proj_blocks"]) < blocks
+
+
+def _ip_adapter_fits(part: FileInfo, stage_c: FileInfo) -> bool:
+    return set(part.config["c_hidden_per_block"]) <= set(stage_c.config["c_hidden"])
+
+
+_FITS: dict[str, Callable[[FileInfo, FileInfo], bool]] = {
+    "text_encoder": _text_encoder_fits,
+    "image_encoder": _image_encoder_fits,
+    "controlnet": _controlnet_fits,
+    "ip_adapter": _ip_adapter_fits,
+}
 
 
 def embedding_finder(files: Iterable[ModelFile]) -> Callable[[str], str | None]:

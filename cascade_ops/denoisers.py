@@ -6,14 +6,15 @@ batch or once for all images.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion.sampling import Predict
-from .models import Prepared, StageB, StageC
+from .models import DecoupledAttention, IPAdapter, Prepared, StageB, StageC
 
 
 class TextCondition(NamedTuple):
@@ -26,8 +27,92 @@ class TextCondition(NamedTuple):
     pooled: Tensor
 
 
-def _for_batch(name: str, condition: Tensor, batch: int, ndim: int, device: torch.device) -> Tensor:
-    """A condition expanded to ``[batch, ...]`` with `ndim` dimensions, a missing token axis added."""
+class SteppedControl(NamedTuple):
+    """What a ControlNet adds to a run of Stage C.
+
+    residuals: ``[n, c, h, w]`` of any size or None, one per residual block, the same for both halves. strength:
+    multiplies them. acts: for each step of the run whether they are added; None is every step.
+    """
+
+    residuals: Sequence[Tensor | None]
+    strength: float = 1.0
+    acts: Sequence[bool] | None = None
+
+
+class SteppedAdapter(NamedTuple):
+    """What an IP-Adapter lets a run of Stage C read: embeddings ``[n, k, E]`` of k pictures; zeros in the other half.
+
+    The embeddings are on the device where the adapter computes. weight: of what is read. acts: for each step of the run
+    whether it is; None is every step.
+    """
+
+    adapter: IPAdapter
+    embeddings: Tensor
+    weight: float = 1.0
+    acts: Sequence[bool] | None = None
+
+
+def _acting(steppeds: Sequence[SteppedControl | SteppedAdapter], index: int) -> tuple[int, ...]:
+    """Numbers of those that act in a step."""
+    return tuple(number for number, each in enumerate(steppeds) if each.acts is None or each.acts[index])
+
+
+class _Residuals:
+    """The sum of the controls that act in a step; made anew only where others act than in the step before."""
+
+    def __init__(self, controls: Sequence[SteppedControl], batch: int, size: tuple[int, int], device: torch.device):
+        self._controls, self._size = controls, size
+        self._residuals = [
+            [
+                None if r is None else _for_batch("control residual", r, batch, 4, device, keep=True)
+                for r in each.residuals
+            ]
+            for each in controls
+        ]
+        self._made: tuple[tuple[int, ...], list[Tensor | None] | None] = ((), None)
+
+    def at(self, index: int, halves: int) -> list[Tensor | None] | None:
+        """For one or both halves of the batch in a step."""
+        acting = _acting(self._controls, index)
+        if acting != self._made[0]:
+            self._made = acting, self._sum(acting) if acting else None
+        residuals = self._made[1]
+        if residuals is None or halves == 1:
+            return residuals
+        # One for all pictures serves both halves as it is.
+        return [r if r is None or len(r) == 1 else r.repeat(halves, 1, 1, 1) for r in residuals]
+
+    def _sum(self, acting: tuple[int, ...]) -> list[Tensor | None]:
+        total: list[Tensor | None] = [None] * max(len(self._residuals[number]) for number in acting)
+        for number in acting:
+            strength = self._controls[number].strength
+            for block, residual in enumerate(self._residuals[number]):
+                if residual is None:
+                    continue
+                if strength != 1:
+                    residual = residual.float() * strength
+                before = total[block]
+                total[block] = residual if before is None else self._added(before.float(), residual.float())
+        return total
+
+    def _added(self, first: Tensor, second: Tensor) -> Tensor:
+        if first.shape[-2:] != second.shape[-2:]:
+            first, second = (_resized(residual, self._size) for residual in (first, second))
+        return first + second
+
+
+def _resized(residual: Tensor, size: tuple[int, int]) -> Tensor:
+    """To the size of the latent, as Stage C does it."""
+    return F.interpolate(residual, size=size, mode="bilinear", align_corners=True)
+
+
+def _for_batch(
+    name: str, condition: Tensor, batch: int, ndim: int, device: torch.device, *, keep: bool = False
+) -> Tensor:
+    """A condition expanded to ``[batch, ...]`` with `ndim` dimensions, a missing token axis added.
+
+    keep: leave one for all images as it is.
+    """
     if condition.ndim == 2 and ndim == 3:
         condition = condition[:, None]
     if condition.ndim != ndim or condition.shape[0] not in (1, batch):
@@ -35,7 +120,7 @@ def _for_batch(name: str, condition: Tensor, batch: int, ndim: int, device: torc
             f"The {name} has the shape {tuple(condition.shape)}, expected {ndim} dimensions and a batch of 1 or "
             f"{batch}: give one condition for all images or one per image."
         )
-    return condition.to(device).expand(batch, *condition.shape[1:])
+    return condition.to(device).expand(len(condition) if keep else batch, *condition.shape[1:])
 
 
 def _no_negative(stage: str) -> ValueError:
@@ -87,7 +172,7 @@ class StageCDenoiser:
         may differ; each half then runs by itself, since padding would change what attention sees.
     image, uncond_image: CLIP image embeddings ``[n, k, 768]`` or ``[n, 768]``; None is one embedding of zeros in the
         conditional half, as in training, and as many zeros as `image` has in the unconditional one.
-    control: residuals ``[n, c, h, w]`` or None, one per residual block, the same for both halves.
+    controls, adapters: of ControlNets and IP-Adapters.
     """
 
     model: StageC
@@ -95,31 +180,49 @@ class StageCDenoiser:
     uncond: TextCondition | None = None
     image: Tensor | None = None
     uncond_image: Tensor | None = None
-    control: Sequence[Tensor | None] | None = None
+    controls: Sequence[SteppedControl] = ()
+    adapters: Sequence[SteppedAdapter] = ()
 
     def prepare(self, noise_cond: Tensor, shape: Sequence[int], guided: bool) -> Predict:
         """See `diffusion.Denoiser`; ValueError when a condition does not fit the batch or a negative is missing."""
-        batch = shape[0]
-        controls = {halves: self._control(batch, halves, noise_cond.device) for halves in ((1, 2) if guided else (1,))}
+        batch, device = shape[0], noise_cond.device
+        residuals = _Residuals(self.controls, batch, self.model.token_size(*shape[2:]), device)
 
         def forward(x: Tensor, prepared: Prepared, index: int, halves: int) -> Tensor:
-            return self.model.step(x, prepared, index, control=controls[halves])
+            acting = _acting(self.adapters, index)
+            if len(acting) < len(self.adapters):
+                prepared = replace(prepared, decoupled=tuple(prepared.decoupled[number] for number in acting))
+            return self.model.step(x, prepared, index, control=residuals.at(index, halves))
 
         image = self.image
         if image is None:
             image = self.cond.hidden.new_zeros(1, 1, self.model.clip_img_mapper.in_features)
-        cond = self._embeddings("prompt", self.cond, image, batch, noise_cond.device)
+        cond = self._embeddings("prompt", self.cond, image, batch, device)
         if not guided:
-            return _one_half(forward, self.model.prepare(noise_cond, *cond))
+            return _one_half(forward, self._prepared(noise_cond, cond, batch, (1,)))
         if self.uncond is None:
             raise _no_negative("Stage C")
         uncond_image = torch.zeros_like(image) if self.uncond_image is None else self.uncond_image
-        uncond = self._embeddings("negative prompt", self.uncond, uncond_image, batch, noise_cond.device)
+        uncond = self._embeddings("negative prompt", self.uncond, uncond_image, batch, device)
         if all(ours.shape == theirs.shape for ours, theirs in zip(cond, uncond, strict=True)):
-            pairs = (torch.cat([ours, theirs.to(ours.dtype)]) for ours, theirs in zip(cond, uncond, strict=True))
-            return _joined_halves(forward, self.model.prepare(noise_cond, *pairs), batch)
-        halves = (self.model.prepare(noise_cond, *half) for half in (cond, uncond))
+            pairs = [torch.cat([ours, theirs.to(ours.dtype)]) for ours, theirs in zip(cond, uncond, strict=True)]
+            return _joined_halves(forward, self._prepared(noise_cond, pairs, batch, (1, 0)), batch)
+        halves = (self._prepared(noise_cond, half, batch, (seen,)) for half, seen in ((cond, 1), (uncond, 0)))
         return _separate_halves(forward, *halves)
+
+    def _prepared(self, noise_cond: Tensor, embeddings: Sequence[Tensor], batch: int, seen: Sequence[int]) -> Prepared:
+        """seen: for each half in `embeddings`, 1 where IP-Adapters show their pictures and 0 where they show none."""
+        decoupled = [self._attention(each, batch, seen, noise_cond.device) for each in self.adapters]
+        return self.model.prepare(noise_cond, *embeddings, decoupled=decoupled)
+
+    def _attention(
+        self, each: SteppedAdapter, batch: int, seen: Sequence[int], device: torch.device
+    ) -> DecoupledAttention:
+        pictures = _for_batch("picture of the IP-Adapter", each.embeddings, batch, 3, each.embeddings.device)
+        # What the adapter learned to read as "no picture" is an embedding of zeros.
+        attention = each.adapter.attention(torch.cat([pictures * half for half in seen]), each.weight)
+        read = (kv if kv is None else kv.to(device, self.model.dtype) for kv in attention.key_values)
+        return replace(attention, key_values=tuple(read))
 
     @staticmethod
     def _embeddings(
@@ -130,16 +233,6 @@ class StageCDenoiser:
             _for_batch(f"pooled {name}", text.pooled, batch, 3, device),
             _for_batch("image embedding", image, batch, 3, device),
         )
-
-    def _control(self, batch: int, halves: int, device: torch.device) -> list[Tensor | None] | None:
-        if self.control is None:
-            return None
-        return [
-            None
-            if residual is None
-            else _for_batch("control residual", residual, batch, 4, device).repeat(halves, 1, 1, 1)
-            for residual in self.control
-        ]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from torch import nn
 from .catalog import BUNDLED
 from .checkpoints import FileInfo, inspect_file, load
 from .checkpoints.errors import STAGE_TITLES, shown
+
+if TYPE_CHECKING:
+    from .attachments import AppliedControl, AppliedIPAdapter
 
 FIXED_FLOAT16 = "float16 (fixed weights)"
 DTYPES = ("auto", "bfloat16", "float32", "float16", FIXED_FLOAT16)
@@ -33,7 +36,8 @@ class StageHandle:
 
     module: a model of `cascade_ops.models`, or a `TextEncoder`. info: what its file is. name: the file as the user
     knows it. runs_on: the device that the layers fetch their weights to when they run; None where the weights stay
-    where they are.
+    where they are. controls, ip_adapters: what steers a Stage C, see `attachments`; they stay where they are when the
+    stage moves.
     """
 
     stage: str
@@ -41,6 +45,8 @@ class StageHandle:
     info: FileInfo
     name: str
     runs_on: torch.device | None = None
+    controls: tuple[AppliedControl, ...] = ()
+    ip_adapters: tuple[AppliedIPAdapter, ...] = ()
 
     @property
     def network(self) -> nn.Module:
@@ -65,8 +71,14 @@ class StageHandle:
 
     @property
     def title(self) -> str:
-        """Stage, size and file in words: ``Stage C 1B lite (stage_c_lite.safetensors)``, ``Stage C tiny (bundled)``."""
-        return f"{self.info.title} ({'bundled' if self.name == BUNDLED else self.name})"
+        """Stage, size and file in words: ``Stage C 1B lite (stage_c_lite.safetensors)``, ``Stage C tiny (bundled)``.
+
+        A ControlNet's kind too, which is the size of the published ones.
+        """
+        words, kind = self.info.title, self.info.control.get("kind", "").replace("_", " ")
+        if kind and kind != self.info.size:
+            words += f" {kind}"
+        return f"{words} ({'bundled' if self.name == BUNDLED else self.name})"
 
     @property
     def family(self) -> str:
@@ -83,6 +95,20 @@ class StageHandle:
         if self.stage == "text_encoder":
             return replace(self, module=self.module.to(device))
         return replace(self, module=_copied(self.module, device))
+
+    @property
+    def attached(self) -> tuple[StageHandle, ...]:
+        """The ControlNets and IP-Adapters that it carries and that have an effect, each once."""
+        networks = [control.network for control in self.controls if control.strength]
+        networks += [applied.adapter for applied in self.ip_adapters if applied.weight]
+        return tuple({id(network): network for network in networks}.values())
+
+    def with_attached(self, networks: Sequence[StageHandle]) -> StageHandle:
+        """This stage with `networks` in place of those in `attached`, in their order: the same ones elsewhere."""
+        moved = {id(old): new for old, new in zip(self.attached, networks, strict=True)}
+        controls = (replace(each, network=moved.get(id(each.network), each.network)) for each in self.controls)
+        adapters = (each for each in self.ip_adapters)
+        return replace(self, controls=tuple(controls), ip_adapters=tuple(adapters))
 
     def expect(self, stage: str) -> StageHandle:
         """This handle; ValueError where it is another stage."""

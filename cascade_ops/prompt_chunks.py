@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import NamedTuple
 
@@ -29,24 +29,40 @@ class Position(NamedTuple):
 
 
 def read_prompt(
-    prompt: str, tokenizer: ClipTokenizer, width: int, find_embedding: FindEmbedding | None = None
+    prompt: str,
+    tokenizer: ClipTokenizer,
+    width: int,
+    find_embedding: FindEmbedding | None = None,
+    learned: Mapping[int, torch.Tensor] | None = None,
 ) -> list[list[Position]]:
     """The positions of a prompt, grouped by word (or by embedding), without start and end.
 
-    `find_embedding` gives the path of a name, or None. Raises ValueError where the prompt names an embedding that is
-    not found, or whose vectors are not `width` wide.
+    `find_embedding` gives the path of a name, or None. `learned` has the vectors [n, width] that stand in for some
+    token ids. Raises ValueError where the prompt names an embedding that is not found, or whose vectors are not `width`
+    wide.
     """
     groups = []
     for text, weight in parse_prompt(prompt):
         done = 0
         for match in _EMBEDDING.finditer(text):
-            groups += _words(text[done : match.start()], weight, tokenizer)
+            groups += read_words(text[done : match.start()], tokenizer, learned, weight)
             vectors, rest = _find(match.group(1), find_embedding, width)
             groups.append([Position(vector, weight) for vector in vectors])
-            groups += _words(rest, weight, tokenizer)
+            groups += read_words(rest, tokenizer, learned, weight)
             done = match.end()
-        groups += _words(text[done:], weight, tokenizer)
+        groups += read_words(text[done:], tokenizer, learned, weight)
     return groups
+
+
+def read_words(
+    text: str, tokenizer: ClipTokenizer, learned: Mapping[int, torch.Tensor] | None = None, weight: float = 1.0
+) -> list[list[Position]]:
+    """The positions of plain text, where parentheses are no weights, by word; see `read_prompt` for `learned`."""
+    vectors = learned or {}
+    words = (tokenizer.encode(word) for word in _WORD.findall(text))
+    return [
+        [Position(content, weight) for token in tokens for content in vectors.get(token, (token,))] for tokens in words
+    ]
 
 
 def split_chunks(groups: list[list[Position]], capacity: int = 75) -> list[list[Position]]:
@@ -66,11 +82,6 @@ def split_chunks(groups: list[list[Position]], capacity: int = 75) -> list[list[
             chunks.append([])
         chunks[-1].extend(group)
     return chunks
-
-
-def _words(text: str, weight: float, tokenizer: ClipTokenizer) -> list[list[Position]]:
-    words = (tokenizer.encode(word) for word in _WORD.findall(text))
-    return [[Position(token, weight) for token in tokens] for tokens in words]
 
 
 def _find(name: str, find_embedding: FindEmbedding | None, width: int) -> tuple[torch.Tensor, str]:

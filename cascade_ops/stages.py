@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .attached import stepped_adapters, stepped_controls
 from .denoisers import StageBDenoiser, StageCDenoiser, TextCondition
-from .diffusion import Denoiser, Guidance, StepInfo, draw_noise, noised_start, sample
+from .diffusion import Denoiser, Guidance, StepInfo, draw_noise, noised_start, sample, step_times
 from .handles import StageHandle
 from .prompt_chunks import FindEmbedding
 from .sizes import stage_b_size, stage_c_size
@@ -125,6 +126,7 @@ def sample_stage_c(
     the result should resemble or stay away from; None is a single one of zeros, as in training.
     latent: gives size and batch; its samples count where `settings.start` is below 1 or where it has a mask, which
     holds them outside of it. Image i of the batch has the seed ``seed + i``.
+    ControlNets and IP-Adapters that the handle carries steer the run; see `attachments`.
     """
     model = handle.expect("stage_c").module
     _check_channels(handle, latent)
@@ -138,7 +140,10 @@ def sample_stage_c(
     images = [torch.zeros(1, 1, width) if given is None else given for given in (pictures, negative_pictures)]
     for name, image in zip(("picture", "negative picture"), images, strict=True):
         _check_width(handle, name, image, width)
-    denoiser = StageCDenoiser(model, positive, negative, *images)
+    times = step_times(settings.steps, settings.start, settings.end)[:-1].tolist()
+    controls = stepped_controls(handle, latent.samples, latent.stage_c_pixels(), times)
+    adapters = stepped_adapters(handle, len(latent.samples), times)
+    denoiser = StageCDenoiser(model, positive, negative, *images, controls=controls, adapters=adapters)
     samples = _sample(handle, denoiser, latent, seed, settings, callback)
     return replace(latent, samples=samples, family=handle.family)
 

@@ -7,14 +7,14 @@ states before the final norm, and the projected state at the end token; Stage B 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .prompt_chunks import FindEmbedding, Position, read_prompt, split_chunks
+from .prompt_chunks import FindEmbedding, Position, read_prompt, read_words, split_chunks
 from .text_model import build_text_model
-from .tokenizer import END_TOKEN, SEQUENCE_LENGTH, ClipTokenizer, default_tokenizer, pad_tokens
+from .tokenizer import END_TOKEN, SEQUENCE_LENGTH, ClipTokenizer, default_tokenizer, is_new_token, pad_tokens, token_id
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
@@ -35,11 +35,14 @@ class TextEncoder:
         module: CLIPTextModelWithProjection,
         tokenizer: ClipTokenizer | None = None,
         runs_on: torch.device | None = None,
+        learned: Mapping[int, torch.Tensor] | None = None,
     ):
         """`module` is in eval mode and on one device, see `from_state_dict`; or its layers fetch their weights to the
-        device that `runs_on` says."""
+        device that `runs_on` says. `learned` has vectors [n, C] that stand in for some of the tokenizer's ids, for all
+        that it added among them."""
         self.module = module
         self.tokenizer = tokenizer or default_tokenizer()
+        self.learned = dict(learned or {})
         self._runs_on = runs_on
 
     @classmethod
@@ -84,7 +87,30 @@ class TextEncoder:
         if self.device == torch.empty(0, device=device).device:
             return self
         config = self.module.config.to_dict()
-        return TextEncoder(build_text_model(self.module.state_dict(), config, device=device), self.tokenizer)
+        return self.with_module(build_text_model(self.module.state_dict(), config, device=device))
+
+    def with_module(self, module: CLIPTextModelWithProjection, runs_on: torch.device | None = None) -> TextEncoder:
+        """The same tokens with another text model; see the constructor."""
+        return TextEncoder(module, self.tokenizer, runs_on, self.learned)
+
+    def with_tokens(self, vectors: Mapping[str, torch.Tensor]) -> TextEncoder:
+        """The encoder with learned tokens: a word's text -> the vectors [n, C] that stand for it, of n positions.
+
+        A word in brackets such as `[name]` is new, or learned already and learned anew; another one must be one token
+        of the vocabulary. Raises ValueError for one that is not, and for vectors of another width.
+        """
+        known = {token.lower() for token in self.tokenizer.added_tokens}
+        new = [token for token in vectors if is_new_token(token) and token.lower() not in known]
+        tokenizer = self.tokenizer.with_tokens(new) if new else self.tokenizer
+        learned = dict(self.learned)
+        for token, rows in vectors.items():
+            if rows.ndim != 2 or rows.shape[1] != self.width or not len(rows):
+                raise ValueError(
+                    f"The learned token {token!r} has vectors of shape {list(rows.shape)}; this text encoder takes "
+                    f"vectors of width {self.width}: use a token that was learned with it."
+                )
+            learned[token_id(token, tokenizer)] = rows
+        return TextEncoder(self.module, tokenizer, self._runs_on, learned)
 
     def encode(self, prompt: str, find_embedding: FindEmbedding | None = None) -> TextEmbedding:
         """Encode one prompt with weights, embeddings and any length, on this encoder's device.
@@ -95,7 +121,8 @@ class TextEncoder:
         empty + weight * (hidden - empty). The pooled state has no weights. `find_embedding(name)` gives the path of the
         file that the prompt means by `embedding:name`, or None; see `prompt_chunks.read_prompt` for the errors.
         """
-        chunks = split_chunks(read_prompt(prompt, self.tokenizer, self.width, find_embedding), self.length - 2)
+        words = read_prompt(prompt, self.tokenizer, self.width, find_embedding, self.learned)
+        chunks = split_chunks(words, self.length - 2)
         weighted = any(position.weight != 1.0 for chunk in chunks for position in chunk)
         rows = [*chunks, []] if weighted else chunks
         ids, mask, vectors = self._lay_out(rows)
@@ -124,6 +151,18 @@ class TextEncoder:
             raise ValueError(f"A row of token ids has no end token {END_TOKEN}; pad the ids with pad_tokens.")
         return self._forward(ids, mask, [])
 
+    def encode_captions(self, captions: Sequence[str]) -> TextEmbedding:
+        """Encode plain captions, each cut to one sequence: `hidden` [B, 77, C] and `pooled` [B, P].
+
+        Parentheses are no weights here, and embeddings cannot be named. Gradients flow back to the learned vectors that
+        ask for them.
+        """
+        rows = []
+        for caption in captions:
+            groups = read_words(caption, self.tokenizer, self.learned)
+            rows.append([position for group in groups for position in group][: self.length - 2])
+        return TextEmbedding(*self._run(*self._lay_out(rows)))
+
     def _lay_out(
         self, chunks: list[list[Position]]
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
@@ -143,6 +182,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, vectors: list[tuple[int, int, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._run(ids, mask, vectors)
+
+    def _run(
         self, ids: torch.Tensor, mask: torch.Tensor, vectors: list[tuple[int, int, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The parts of the text model in order.

@@ -59,9 +59,45 @@ class ClipTokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def word(self, token: int) -> str:
+        """The word that is this one token; empty for a piece of a word."""
+        piece = self._backend.id_to_token(token) or ""
+        word = piece.removesuffix("</w>")
+        return word if self.encode(word) == [token] else ""
+
     def with_tokens(self, tokens: Iterable[str]) -> ClipTokenizer:
         """A tokenizer that also knows `tokens`, whose ids follow those of this one."""
         return ClipTokenizer((*self.added_tokens, *tokens))
+
+
+def is_new_token(token: str) -> bool:
+    """Whether a learned token is a new one, `[name]` or `<name>`, and not a word of the vocabulary.
+
+    Raises ValueError for one that is neither: a new one holds letters, digits, `_`, `-` and `.`, since prompts give
+    other characters a meaning, and file names too.
+    """
+    if re.fullmatch(r"\[[\w.-]+]|<[\w.-]+>", token):
+        return True
+    if not re.fullmatch(r"[\w.-]+", token):
+        raise ValueError(
+            f"The learned token {token!r} is neither [name] or <name> nor a word, of letters, digits, _, - and "
+            "points; rename it."
+        )
+    return False
+
+
+def token_id(token: str, tokenizer: ClipTokenizer) -> int:
+    """The one id of a learned token.
+
+    Raises ValueError where it is a word that the vocabulary holds in pieces, or a new one that `tokenizer` lacks.
+    """
+    ids = tokenizer.encode(token)
+    if len(ids) != 1:
+        raise ValueError(
+            f"The word {token!r} is {len(ids)} tokens of the text encoder's vocabulary, and one can be learned: "
+            f"take another word, or a new token [name] that starts as {token!r}."
+        )
+    return ids[0]
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ STAGE_TITLES = {
     "latent_encoder": "latent encoder",
     "previewer": "previewer",
     "controlnet": "ControlNet",
+    "ip_adapter": "IP-Adapter",
     "text_encoder": "text encoder",
     "image_encoder": "image encoder",
     "combined": "combined checkpoint",

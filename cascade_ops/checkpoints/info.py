@@ -14,13 +14,14 @@ from .errors import STAGE_TITLES, CheckpointError, shown
 from .header import ITEM_BYTES
 from .layouts import Part, Recipes, split_parts
 from .releases import RELEASES, SAMPLING_DEFAULTS
-from .shapes import infer
+from .shapes import control_of, infer
 from .source import Source, open_source
 
 _DTYPE_NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "token_rows")
 MODELS = (
-    "stage_a", "stage_b", "stage_c", "latent_encoder", "previewer", "controlnet", "text_encoder", "image_encoder",
+    "stage_a", "stage_b", "stage_c", "latent_encoder", "previewer", "controlnet", "ip_adapter", "text_encoder",
+    "image_encoder",
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ class FileInfo:
     Attributes:
         path: as it was given: a file, or a model folder.
         stage: ``stage_a``, ``stage_b``, ``stage_c``, ``latent_encoder``, ``previewer``, ``controlnet``,
-            ``text_encoder``, ``image_encoder``; ``combined`` (see ``components``), ``lora``,
+            ``ip_adapter``, ``text_encoder``, ``image_encoder``; ``combined`` (see ``components``), ``lora``,
             ``embedding`` or ``unknown``.
         size: the published size (``3.6B``, ``1B lite``, ``1.5B``, ``700M lite``, ...), else the name that the
             file's metadata gives (``tiny``), else ``custom``.
@@ -49,6 +50,8 @@ class FileInfo:
         leftover: names of tensors beside the models that belong to none; such a file is not loaded.
         defaults: sampling defaults: width, height (pixels), guidance, steps, shift; empty where none apply.
         components: the parts of a combined checkpoint.
+        control: of a ControlNet its ``kind`` (``canny``, ``inpainting``, ``super_resolution``, ``identity``) where
+            metadata or shapes tell it, and the size of the Stage C that it was trained with as ``base``.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class FileInfo:
     leftover: tuple[str, ...] = ()
     components: tuple[FileInfo, ...] = ()
     recipes: Recipes = field(default_factory=dict, repr=False, compare=False)
+    control: dict = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -114,6 +118,7 @@ class FileInfo:
             "unknown": list(self.unknown),
             "defaults": self.defaults,
             "leftover": list(self.leftover),
+            "control": self.control,
             "components": [part.as_dict() for part in self.components],
         }
 
@@ -134,6 +139,8 @@ class FileInfo:
             f"  dtype       {', '.join(self.dtypes) or 'no floats'}",
             f"  layout      {layout}",
         ]
+        if self.control:
+            lines.append("  control     " + ", ".join(f"{name} {value}" for name, value in self.control.items()))
         if self.defaults:
             lines.append("  sampling    " + ", ".join(f"{name} {value}" for name, value in self.defaults.items()))
         if self.config:
@@ -228,7 +235,8 @@ def _with_config(info: FileInfo, source: Source, shapes: Mapping[str, tuple[int,
         size, rank = release.size, release.rank
     else:
         size, rank = (name, 3) if name else ("custom", 2)
-    return replace(info, size=size, rank=rank, config=config, unknown=unknown, defaults=defaults)
+    control = control_of(config) | _json(said, "cascade.control", info.path) if info.stage == "controlnet" else {}
+    return replace(info, size=size, rank=rank, config=config, unknown=unknown, defaults=defaults, control=control)
 
 
 def _json(metadata: Mapping[str, str], key: str, path: Path) -> dict:

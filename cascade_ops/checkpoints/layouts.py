@@ -132,6 +132,9 @@ def _recognise(names: dict[str, Entry]) -> str:
         return "stage_a"
     if has("projections.0.0.weight") and any(name.startswith("backbone.") for name in names):
         return "controlnet"
+    # Adapters of other model families have an image_proj of another kind, or count their blocks otherwise.
+    if has("image_proj.proj.weight") and has("ip_adapter.0.to_k_ip.weight"):
+        return "ip_adapter"
     if has("backbone.0.0.weight") and has("mapper.0.weight"):
         return "latent_encoder"
     if has("blocks.0.weight") and has("blocks.2.running_mean"):

@@ -52,7 +52,8 @@ def load(
 
     Returns:
         The module (``StageA``, ``StageB``, ``StageC``, ``LatentEncoder``, ``Previewer``, ``ControlNet``,
-        ``TextEncoder`` or, for an image encoder, transformers' ``CLIPVisionModelWithProjection``) and what it is.
+        ``IPAdapter``, ``TextEncoder`` or, for an image encoder, transformers' ``CLIPVisionModelWithProjection``) and
+        what it is.
 
     Raises:
         CheckpointError: another stage than expected, several models and no ``expect``, or tensors that are missing,
@@ -122,6 +123,7 @@ def _build(info: FileInfo) -> nn.Module:
                 "latent_encoder": models.LatentEncoder,
                 "previewer": models.Previewer,
                 "controlnet": models.ControlNet,
+                "ip_adapter": models.IPAdapter,
             }
             return classes[info.stage](**info.config)
     except (TypeError, ValueError, IndexError) as error:

@@ -29,6 +29,7 @@ def save(
     defaults: Mapping | None = None,
     name: str | None = None,
     dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write one model as a safetensors file in the original layout.
 
@@ -42,6 +43,7 @@ def save(
         defaults: sampling defaults: ``width``, ``height``, ``guidance``, ``steps``, ``shift``.
         name: a short human name, such as ``tiny``.
         dtype: of float tensors; None keeps theirs. Batch norm counters and other integers stay as they are.
+        metadata: more of it, such as ``cascade.control`` of a ControlNet: JSON of its kind and of the model it steers.
 
     Returns:
         The path that was written.
@@ -52,7 +54,7 @@ def save(
     path = Path(path)
     tensors = dict(model.state_dict() if isinstance(model, nn.Module) else model)
     _check_stage(tensors, stage, path)
-    metadata = {"format": "pt", "cascade.stage": stage, "cascade.config": json.dumps(dict(config))}
+    metadata = {**(metadata or {}), "format": "pt", "cascade.stage": stage, "cascade.config": json.dumps(dict(config))}
     if defaults:
         metadata["cascade.defaults"] = json.dumps(dict(defaults))
     if name:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ..models.controlnet import PUBLISHED_PROJ_BLOCKS
+from ..models.controlnet import LARGE_BLOCKS, LARGE_WIDTHS, PUBLISHED_PROJ_BLOCKS
 from .errors import CheckpointError
 from .releases import DIFFUSERS_SCALE_FACTOR, SCALE_FACTOR
 
@@ -274,13 +274,50 @@ def _controlnet(reader: _Reader, layout: str) -> Inferred:
     if "backbone.0.0.weight" in reader.shapes:
         proven |= {"bottleneck_mode": "effnet", "c_in": reader.size("backbone.0.0.weight", 1), **_efficientnet(reader)}
     else:
-        large = "backbone.3.blocks.0.weight" in reader.shapes
+        # The simple one is two 3x3 convolutions, the large one begins and ends with 1x1 ones.
+        large = reader.size("backbone.0.weight", 3) == 1
         proven |= {"bottleneck_mode": "large" if large else "simple", "c_in": reader.size("backbone.0.weight", 1)}
+        if large:
+            proven |= _large_bottleneck(reader)
     if projections == len(PUBLISHED_PROJ_BLOCKS):
         return Inferred(proven, {"proj_blocks": list(PUBLISHED_PROJ_BLOCKS)})
     if proven["bottleneck_mode"] == "simple":  # the reference's identity configuration steers every block
         return Inferred(proven, {"proj_blocks": list(range(projections))})
     return Inferred(proven, {}, ("proj_blocks",))
+
+
+def control_of(config: Mapping) -> dict:
+    """The kind of control that a ControlNet with these arguments reads, as far as the published ones tell."""
+    mode, c_in = config["bottleneck_mode"] or "effnet", config["c_in"]
+    if mode == "effnet":
+        kind = "canny" if c_in == 1 else "inpainting" if c_in == 4 else None
+    else:
+        kind = "super_resolution" if mode == "large" else "identity"
+    return {"kind": kind} if kind else {}
+
+
+def _large_bottleneck(reader: _Reader) -> dict:
+    """Widths and number of blocks, where they are not the published ones."""
+    blocks = 0
+    while f"backbone.{blocks + 3}.blocks.0.weight" in reader.shapes:
+        blocks += 1
+    layers = ("backbone.0.weight", "backbone.2.weight", f"backbone.{blocks + 3}.weight")
+    widths = [reader.size(name, 0) for name in layers]
+    if (tuple(widths), blocks) == (LARGE_WIDTHS, LARGE_BLOCKS):
+        return {}
+    return {"large_widths": widths, "large_blocks": blocks}
+
+
+def _ip_adapter(reader: _Reader, layout: str) -> Inferred:
+    c_cond = max(1, reader.size("image_proj.norm.weight", 0))
+    blocks = reader.count(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
+    proven = {
+        "c_image": reader.size("image_proj.proj.weight", 1),
+        "c_cond": c_cond,
+        "c_hidden_per_block": [reader.size(f"ip_adapter.{block}.to_k_ip.weight", 0) for block in range(blocks)],
+        "tokens": reader.size("image_proj.proj.weight", 0) // c_cond,
+    }
+    return Inferred(proven)
 
 
 # CLIP ----------------------------------------------------------------------------------------------------------
@@ -328,6 +365,7 @@ _INFER: dict[str, Callable[[_Reader, str], Inferred]] = {
     "latent_encoder": _latent_encoder,
     "previewer": _previewer,
     "controlnet": _controlnet,
+    "ip_adapter": _ip_adapter,
     "text_encoder": _text_encoder,
     "image_encoder": _image_encoder,
 }

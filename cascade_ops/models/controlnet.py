@@ -11,11 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .effnet import DEPTHS, WIDTHS, efficientnet_features
-from .layers import as_channels_last, as_image
+from .layers import ResBlock, as_channels_last, as_image
+from .unet import CascadeUNet
 
 # Residual blocks of the 3.6B Stage C that the published canny, inpainting and super-resolution files steer.
 PUBLISHED_PROJ_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
+# Widths of the published ``large`` bottleneck: of the first layer, of the blocks, of what comes out.
+LARGE_WIDTHS = (16384, 1024, 1280)
+LARGE_BLOCKS = 8
 _LEAK = 0.2
+
+
+def default_proj_blocks(residual_blocks: int) -> tuple[int, ...]:
+    """Which blocks to steer in a Stage C with so many residual blocks: up to four from each end, evenly spaced.
+
+    64 gives the published choice.
+    """
+    step = max(1, residual_blocks // 16)
+    first = [index * step for index in range(4) if index * step < residual_blocks]
+    return tuple(sorted({*first, *(residual_blocks - 1 - index for index in first)}))
+
+
+def residual_blocks(stage_c: CascadeUNet) -> int:
+    """How many residuals a pass through Stage C can take: its residual blocks, repeats counted."""
+    levels = [*zip(stage_c.down_blocks, stage_c.down_repeat_mappers, strict=True)]
+    levels += zip(stage_c.up_blocks, stage_c.up_repeat_mappers, strict=True)
+    return sum((1 + len(mappers)) * sum(isinstance(block, ResBlock) for block in blocks) for blocks, mappers in levels)
 
 
 class AffineNorm(nn.LayerNorm):
@@ -48,6 +69,7 @@ class ControlNet(nn.Module):
         proj_blocks: which of Stage C's residual blocks get a residual, counted in the order in which they run.
         bottleneck_mode: ``effnet`` (or None), ``large`` or ``simple``.
         widths, depths: of the ``effnet`` bottleneck.
+        large_widths, large_blocks: of the ``large`` one: first layer, blocks and output; how many blocks.
     """
 
     def __init__(
@@ -58,8 +80,20 @@ class ControlNet(nn.Module):
         bottleneck_mode: str | None = None,
         widths: Sequence[int] = WIDTHS,
         depths: Sequence[int] = DEPTHS,
+        large_widths: Sequence[int] = LARGE_WIDTHS,
+        large_blocks: int = LARGE_BLOCKS,
     ):
         super().__init__()
+        if not proj_blocks or sorted(set(proj_blocks)) != list(proj_blocks) or proj_blocks[0] < 0:
+            raise ValueError(
+                f"proj_blocks is {list(proj_blocks)}, expected at least one number, rising from 0: list the blocks to "
+                "steer in the order in which they run."
+            )
+        if len(large_widths) != 3 or min(large_widths) < 1 or large_blocks < 0:
+            raise ValueError(
+                f"large_widths is {list(large_widths)} with {large_blocks} blocks, expected three widths (first layer, "
+                "blocks, output) and 0 blocks or more: correct them."
+            )
         self.proj_blocks = list(proj_blocks)
         self.bottleneck_mode = bottleneck_mode or "effnet"
         if self.bottleneck_mode == "effnet":
@@ -74,14 +108,14 @@ class ControlNet(nn.Module):
             )
             c = c_in
         elif self.bottleneck_mode == "large":
+            c_first, c_block, c = large_widths
             self.backbone = nn.Sequential(
-                nn.Conv2d(c_in, 16384, 1),
+                nn.Conv2d(c_in, c_first, 1),
                 nn.LeakyReLU(_LEAK),
-                nn.Conv2d(16384, 1024, 1),
-                *(ConvBlock(1024) for _ in range(8)),
-                nn.Conv2d(1024, 1280, 1),
+                nn.Conv2d(c_first, c_block, 1),
+                *(ConvBlock(c_block) for _ in range(large_blocks)),
+                nn.Conv2d(c_block, c, 1),
             )
-            c = 1280
         else:
             raise ValueError(f"The bottleneck {bottleneck_mode!r} was given; the kinds are effnet, large and simple.")
         self.projections = nn.ModuleList(

@@ -8,12 +8,17 @@ Architecture: Pernias et al., "Würstchen: An Efficient Architecture for Large-S
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+
+# Keys and values [B or 1, T, 2 c] that attention reads apart from the others, and how much of the result is added:
+# a number, or one for each image and token [B or 1, L or 1, 1].
+WeightedKeyValue = tuple[Tensor, float | Tensor]
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -162,20 +167,33 @@ class Attention(nn.Module):
         rows = slice(parts.start * c, parts.stop * c)
         return F.linear(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
-    def forward(self, tokens: Tensor, key_value: Tensor, self_attn: bool) -> Tensor:
-        """Attend from ``[B, L, c]`` to the prepared ``[B or 1, T, 2 c]`` and, if ``self_attn``, to the tokens too."""
-        batch, length, c = tokens.shape
-        key_value = key_value.expand(batch, -1, -1)
+    def forward(
+        self, tokens: Tensor, key_value: Tensor, self_attn: bool, decoupled: Sequence[WeightedKeyValue] = ()
+    ) -> Tensor:
+        """Attend from ``[B, L, c]`` to the prepared ``[B or 1, T, 2 c]`` and, if ``self_attn``, to the tokens too.
+
+        Each of `decoupled` is attended to by itself with the same queries, and added with its weight.
+        """
+        c = tokens.shape[-1]
         if self_attn:
             query, own = self.project(tokens, slice(0, 3)).split([c, 2 * c], dim=-1)
-            key_value = torch.cat([own, key_value], dim=1)
+            key_value = torch.cat([own, key_value.expand(len(tokens), -1, -1)], dim=1)
         else:
             query = self.project(tokens, slice(0, 1))
+        attended = self.attend(query, key_value)
+        for other, weight in decoupled:
+            attended = attended + (weight * self.attend(query, other.to(query))).to(attended.dtype)
+        return self.out_proj(attended)
+
+    def attend(self, query: Tensor, key_value: Tensor) -> Tensor:
+        """What queries ``[B, L, c]`` read from ``[B or 1, T, 2 c]``: ``[B, L, c]``, not yet through `out_proj`."""
+        batch, length, c = query.shape
         query = query.view(batch, length, self.nhead, -1).transpose(1, 2)
+        key_value = key_value.expand(batch, -1, -1)
         key, value = key_value.view(batch, -1, 2, self.nhead, c // self.nhead).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, c))
+        return attended.transpose(1, 2).reshape(batch, length, c)
 
 
 class AttnBlock(nn.Module):
@@ -192,6 +210,6 @@ class AttnBlock(nn.Module):
         """Keys and values ``[N, T, 2 c]`` of the condition tokens ``[N, T, c_cond]``."""
         return self.attention["attn"].project(self.kv_mapper(condition), slice(1, 3))
 
-    def forward(self, x: Tensor, key_value: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_value: Tensor, decoupled: Sequence[WeightedKeyValue] = ()) -> Tensor:
         tokens = layer_norm(x).flatten(1, 2)
-        return x + self.attention["attn"](tokens, key_value, self.self_attn).view_as(x)
+        return x + self.attention["attn"](tokens, key_value, self.self_attn, decoupled).view_as(x)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .ip_adapter import DecoupledAttention
 from .layers import layer_norm
 from .unet import CascadeUNet, ControlResiduals, Prepared
 
@@ -128,6 +129,7 @@ class StageC(CascadeUNet):
         clip_img: Tensor | None = None,
         sca: Tensor | None = None,
         crp: Tensor | None = None,
+        decoupled: Sequence[DecoupledAttention] = (),
     ) -> Prepared:
         """Compute once what all steps of a run share.
 
@@ -135,9 +137,10 @@ class StageC(CascadeUNet):
             timesteps: noise conditions of the run's steps, 0..1, ``[S]`` (or ``[S, N]``, one per condition).
             clip_text, clip_text_pooled, clip_img: see ``condition_tokens``.
             sca, crp: size conditions ``[N]`` or scalars; None counts as 0, which is what the release samples with.
+            decoupled: what IP-Adapters add (`IPAdapter.attention`), each for all ``N`` conditions or for one.
         """
         condition = self.condition_tokens(clip_text, clip_text_pooled, clip_img)
-        return self.prepare_blocks(timesteps, condition, {"sca": sca, "crp": crp})
+        return self.prepare_blocks(timesteps, condition, {"sca": sca, "crp": crp}, decoupled)
 
     def forward(
         self,
@@ -149,7 +152,8 @@ class StageC(CascadeUNet):
         sca: Tensor | None = None,
         crp: Tensor | None = None,
         control: ControlResiduals | None = None,
+        decoupled: Sequence[DecoupledAttention] = (),
     ) -> Tensor:
         """Predict the noise of latents ``x [B, 16, h, w]`` at noise conditions ``r [B]`` (0 clean to 1 noise)."""
-        prepared = self.prepare(r[None], clip_text, clip_text_pooled, clip_img, sca, crp)
+        prepared = self.prepare(r[None], clip_text, clip_text_pooled, clip_img, sca, crp, decoupled)
         return self.step(x, prepared, 0, control)

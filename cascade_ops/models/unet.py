@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .ip_adapter import DecoupledAttention
 from .layers import (
     AttnBlock,
     FeedForwardBlock,
@@ -36,11 +37,13 @@ class Prepared:
         modulations: one ``[S, N or 1, 1, 1, 2 c]`` tensor per timestep block.
         key_values: one ``[N, T, 2 c]`` tensor per attention block.
         added: ``[N, H, W, c]``, added to the embedded latent (Stage B's picture conditions), or None.
+        decoupled: what IP-Adapters let the attention blocks read beside `key_values`.
     """
 
     modulations: tuple[Tensor, ...]
     key_values: tuple[Tensor, ...]
     added: Tensor | None = None
+    decoupled: tuple[DecoupledAttention, ...] = ()
 
     def narrow(self, start: int, length: int) -> "Prepared":
         """The part for ``length`` conditions from ``start`` on, as views."""
@@ -48,6 +51,7 @@ class Prepared:
             tuple(m if m.shape[1] == 1 else m.narrow(1, start, length) for m in self.modulations),
             tuple(kv.narrow(0, start, length) for kv in self.key_values),
             None if self.added is None else self.added.narrow(0, start, length),
+            tuple(attention.narrow(start, length) for attention in self.decoupled),
         )
 
 
@@ -186,13 +190,20 @@ class CascadeUNet(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def prepare_blocks(self, timesteps: Tensor, condition: Tensor, t_conds: dict[str, Tensor | None]) -> Prepared:
+    def prepare_blocks(
+        self,
+        timesteps: Tensor,
+        condition: Tensor,
+        t_conds: dict[str, Tensor | None],
+        decoupled: Sequence[DecoupledAttention] = (),
+    ) -> Prepared:
         """Modulations and condition keys and values of every block.
 
         Args:
             timesteps: noise conditions 0..1, ``[S]`` or ``[S, N]``.
             condition: condition tokens ``[N, T, c_cond]``.
             t_conds: values ``[N]`` of the size conditions by name; None counts as 0.
+            decoupled: of IP-Adapters, each for the ``N`` conditions or for one.
         """
         levels = timesteps.float()
         if levels.ndim == 1:
@@ -206,9 +217,13 @@ class CascadeUNet(nn.Module):
             value = levels.new_zeros(1) if value is None else torch.as_tensor(value, device=levels.device).float()
             embeddings.append(timestep_embedding(value.reshape(1, -1).expand(len(levels), -1), self.c_r))
         embeddings = [embedding.to(self.dtype) for embedding in embeddings]
+        key_values = tuple(block.prepare(condition) for block in self.blocks_of(AttnBlock))
+        for attention in decoupled:
+            attention.check(key_values)
         return Prepared(
             tuple(block.prepare(embeddings) for block in self.blocks_of(TimestepBlock)),
-            tuple(block.prepare(condition) for block in self.blocks_of(AttnBlock)),
+            key_values,
+            decoupled=tuple(decoupled),
         )
 
     def step(self, x: Tensor, prepared: Prepared, index: int, control: ControlResiduals | None = None) -> Tensor:
@@ -228,6 +243,7 @@ class CascadeUNet(nn.Module):
             for block, modulation in zip(self.blocks_of(TimestepBlock), prepared.modulations, strict=True)
         }
         key_values = dict(zip(self.blocks_of(AttnBlock), prepared.key_values, strict=True))
+        places = {block: place for place, block in enumerate(key_values)}
         residuals = iter(control or ())
 
         def run(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -241,7 +257,8 @@ class CascadeUNet(nn.Module):
             if isinstance(block, TimestepBlock):
                 return block(x, modulations[block])
             if isinstance(block, AttnBlock):
-                return block(x, key_values[block])
+                beside = [attention.at(places[block], x.shape[1:3]) for attention in prepared.decoupled]
+                return block(x, key_values[block], [one for one in beside if one is not None])
             return block(x)
 
         x = layer_norm(pointwise(as_channels_last(self.embedding[0](x.to(self.dtype))), self.embedding[1]))

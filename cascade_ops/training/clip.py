@@ -12,10 +12,15 @@ Nothing here knows what the attributes are: a target is a dict from an attribute
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..tokenizer import END_TOKEN, SEQUENCE_LENGTH, START_TOKEN, default_tokenizer
+from .draws import Draws
 
 Targets = dict[str, Tensor]
 
@@ -42,11 +47,11 @@ class AttributeHeads(nn.Module):
         return torch.stack([F.cross_entropy(logits[name], targets[name]) for name in self.classes]).mean()
 
     @torch.no_grad()
-    def accuracy(self, features: Tensor, targets: Targets) -> dict[str, float]:
+    def accuracy(self, features: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The share of right answers by attribute, and under `all` the share of samples with every answer right."""
         right = {name: logits.argmax(-1) == targets[name] for name, logits in self(features).items()}
         right["all"] = torch.stack(list(right.values())).all(dim=0)
-        return {name: float(values.float().mean()) for name, values in right.items()}
+        return {name: values.float().mean() for name, values in right.items()}
 
 
 def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
@@ -78,59 +83,33 @@ def scale_penalty(states: Tensor) -> Tensor:
     return states.mean(dim=0).square().mean() + (states.var(dim=0) - 1).square().mean()
 
 
-class TextObjective(nn.Module):
-    """The text tower with the heads that read it; only `model` is kept after training.
-
-    `order_free` classes are read from the projected pooled state, `in_order` classes (attributes in the order of
-    mention) from the mean token state and from the states at and after the end token.
-    """
-
-    def __init__(self, model: nn.Module, order_free: dict[str, int], in_order: dict[str, int]):
-        super().__init__()
-        width, projection = model.config.hidden_size, model.config.projection_dim
-        self.model = model
-        self.pooled_heads = AttributeHeads(projection, order_free)
-        self.mean_heads = AttributeHeads(width, in_order)
-        self.end_heads = AttributeHeads(width, in_order)
-
-    def read(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [B, T] -> pooled [B, projection] and token states [B, T, width].
-
-        The last column of every row must hold the end token or padding, which is the end token again: it shares the
-        end token's task, so that states past the end, which Stage C attends to as well, mean something.
-        """
-        output = self.model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
-        return output.text_embeds, output.hidden_states[-1]
-
-    def loss(self, ids: Tensor, mask: Tensor, positions: Tensor | None, order_free: Targets, in_order: Targets):
-        """Tokens as for `read`, class indices [B] by attribute -> scalar."""
-        pooled, states = self.read(ids, mask, positions)
-        used = torch.cat([states[mask.bool()], states[:, -1]])
-        heads = self.pooled_heads.loss(pooled, order_free)
-        heads = heads + self.mean_heads.loss(mean_state(states, mask), in_order)
-        heads = heads + self.end_heads.loss(states[:, -1], in_order)
-        return heads + 0.05 * scale_penalty(used) + 0.01 * scale_penalty(pooled)
-
-
 def mean_state(states: Tensor, mask: Tensor) -> Tensor:
     """The mean [B, width] of the states [B, T, width] that the mask [B, T] keeps."""
     weights = mask[..., None].to(states.dtype)
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-class ImageObjective(nn.Module):
-    """The image tower, the projection of text embeddings into its space, and heads that read its embedding."""
+@lru_cache(maxsize=200_000)
+def caption_tokens(caption: str) -> tuple[int, ...]:
+    """Start, the ids of a caption, end; at most 77, what is longer is cut as CLIP cuts it."""
+    ids = default_tokenizer().encode(caption)[: SEQUENCE_LENGTH - 2]
+    return START_TOKEN, *ids, END_TOKEN
 
-    def __init__(self, model: nn.Module, text_width: int, classes: dict[str, int]):
-        super().__init__()
-        width = model.config.projection_dim
-        self.model = model
-        self.text_to_image_projection = nn.Linear(text_width, width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.heads = AttributeHeads(width, classes)
 
-    def loss(self, pixels: Tensor, text_embeds: Tensor, targets: Targets) -> Tensor:
-        """Normalised pixels [B, 3, H, W], text embeddings [B, text_width] and attributes -> scalar."""
-        embeds = self.model(pixels).image_embeds
-        contrast = contrastive_loss(embeds, self.text_to_image_projection(text_embeds), self.logit_scale)
-        return contrast + self.heads.loss(embeds, targets) + 0.01 * scale_penalty(embeds)
+def collate(rows: Sequence[Sequence[int]], draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids of B captions -> ids, mask and position ids, all int64 [B, T].
+
+    T is the longest caption and one more column: padding at a random position up to the full 77, which stands for all
+    the padding of a full-length prompt. Attention is causal and masked, so the real tokens see no difference.
+    """
+    length = max(map(len, rows)) + 1
+    ids = torch.full((len(rows), length), END_TOKEN)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    positions = torch.arange(length).repeat(len(rows), 1)
+    # A caption of full length leaves no padding: its last column repeats the last position.
+    first = torch.tensor([min(len(row), SEQUENCE_LENGTH - 1) for row in rows])
+    positions[:, -1] = first + (draws.uniform() * (SEQUENCE_LENGTH - first)).long()
+    return ids, mask, positions.clamp(max=SEQUENCE_LENGTH - 1)

@@ -1,11 +1,13 @@
-"""Training the latent encoder and the previewer together.
+"""Losses that make the latent encoder keep what matters, and the fit that comes after training.
 
 A pixel loss alone gives blobs at 42-fold compression: small shapes weigh little in the mean. So the latent is also
 asked, cell by cell and through a linear map, what it covers, and a decoder that is thrown away afterwards has to draw
 the picture and the map of what is where.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,28 +16,16 @@ from torch import Tensor, nn
 from ..models import LatentEncoder, Previewer
 from ..models.effnet import normalize_imagenet
 
-
-@dataclass(frozen=True)
-class LatentBatch:
-    """Pictures and what is in them.
-
-    Attributes:
-        image: ``[B, 3, H, W]``, 0..1, H and W multiples of 32.
-        labels: class maps ``[B, K, H / 4, W / 4]`` int64, one per attribute; 0 is background.
-        noise: added to the latent, ``[B, c_latent, H / 32, W / 32]``.
-    """
-
-    image: Tensor
-    labels: Tensor
-    noise: Tensor
+# Weight of the pixels that a map calls foreground.
+_FOREGROUND = 5.0
 
 
 class TrainingDecoder(nn.Module):
     """Latent to picture and class maps at 16 pixels per cell; exists only while the encoder trains."""
 
-    def __init__(self, c_latent: int, c: int, classes: list[int]):
+    def __init__(self, c_latent: int, c: int, classes: Sequence[int]):
         super().__init__()
-        self.classes = classes
+        self.classes = list(classes)
 
         def mix(c_from: int, c_to: int) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(c_from, c_to, 3, padding=1), nn.GroupNorm(8, c_to), nn.SiLU())
@@ -52,51 +42,57 @@ class TrainingDecoder(nn.Module):
             mix(c // 2, c // 2),
         )
         self.picture = nn.Sequential(nn.Conv2d(c // 2, 3 * 4, 3, padding=1), nn.PixelShuffle(2))
-        self.maps = nn.Conv2d(c // 2, sum(classes), 1)
+        self.maps = nn.Conv2d(c // 2, sum(classes), 1) if classes else None
 
     def forward(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``[B, c_latent, h, w]`` to a picture ``[B, 3, 16 h, 16 w]`` and logits ``[B, n, 8 h, 8 w]`` per map."""
         hidden = self.body(latent)
-        return self.picture(hidden), list(self.maps(hidden).split(self.classes, dim=1))
+        maps = [] if self.maps is None else list(self.maps(hidden).split(self.classes, dim=1))
+        return self.picture(hidden), maps
 
 
-class LatentEncoderObjective(nn.Module):
-    """The encoder and the previewer with the heads that read the latent.
+class LatentReaders(nn.Module):
+    """What reads the latent while the encoder trains: the decoder, and a linear map of each cell.
 
     Args:
-        classes: number of classes per attribute, background included.
+        classes: number of classes per map, background included; empty where there are no maps.
     """
 
-    def __init__(self, encoder: LatentEncoder, previewer: Previewer, classes: list[int], c_decoder: int = 64):
+    def __init__(self, c_latent: int, classes: Sequence[int] = (), c: int = 64):
         super().__init__()
-        c_latent = encoder.mapper[0].out_channels
-        self.encoder, self.previewer, self.classes = encoder, previewer, classes
-        self.decoder = TrainingDecoder(c_latent, c_decoder, classes)
-        self.cells = nn.Conv2d(c_latent, sum(classes), 1)
+        self.classes = list(classes)
+        self.decoder = TrainingDecoder(c_latent, c, self.classes)
+        self.cells = nn.Conv2d(c_latent, sum(self.classes), 1) if self.classes else None
 
-    def freeze_norms(self, frozen: bool) -> None:
-        """Use the running statistics of the batch norms (``frozen``) or those of each batch."""
-        self.train(not frozen)
+    def loss(
+        self, latent: Tensor, preview: Tensor, image: Tensor, maps: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """How badly pictures and maps are read from ``latent [B, C, h, w]``.
 
-    def loss(self, batch: LatentBatch) -> tuple[Tensor, dict[str, float]]:
-        """The sum of the previewer's, the decoder's and the cells' losses."""
-        latent = self.encoder(normalize_imagenet(batch.image)) + batch.noise
-        decoded, maps = self.decoder(latent)
-        preview = self.previewer(latent)
-        weight = 1 + 4 * (batch.labels[:, :1] > 0).float()
-        pixels = weighted_pixel_loss(decoded, batch.image, weight) + weighted_pixel_loss(preview, batch.image, weight)
-        size = maps[0].shape[-2:]
-        labels = F.interpolate(batch.labels.float(), size=size, mode="nearest-exact").long()
-        drawn = sum(F.cross_entropy(logits, labels[:, k]) for k, logits in enumerate(maps)) / len(maps)
-        targets = cell_labels(batch.labels, latent.shape[-2:], self.classes)
-        cells, right = latent.new_zeros(()), {}
-        for k, logits in enumerate(self.cells(latent).split(self.classes, dim=1)):
-            target = targets[:, k]
-            cells = cells + F.cross_entropy(logits, target) / len(self.classes)
-            hit = (logits.argmax(dim=1) == target)[target > 0]
-            right[f"cell{k}"] = hit.float().mean().item() if len(hit) else 0.0
-        figures = {"pixels": pixels.item(), "drawn": drawn.item(), **right}
-        return pixels + 0.5 * drawn + 0.3 * cells, figures
+        Args:
+            preview: the previewer's picture of it, ``[B, 3, 8 h, 8 w]``.
+            image: the picture, 0..1, of any size.
+            maps: class maps ``[B, K, m, n]`` int64, 0 is background; needed where the readers have classes.
+        """
+        size = [8 * side for side in latent.shape[-2:]]
+        labels = None if maps is None else F.interpolate(maps.float(), size=size, mode="nearest-exact").long()
+        weight = image.new_ones(len(image), 1, *size)
+        if labels is not None:
+            weight = 1 + (_FOREGROUND - 1) * (labels[:, :1] > 0).float()
+        decoded, drawn = self.decoder(latent)
+        pixels = weighted_pixel_loss(decoded, image, weight) + weighted_pixel_loss(preview, image, weight)
+        figures = {"pixels": pixels.detach()}
+        if self.cells is None:
+            return pixels, figures
+        map_loss = sum(F.cross_entropy(logits, labels[:, k]) for k, logits in enumerate(drawn)) / len(drawn)
+        targets = cell_labels(labels, latent.shape[-2:], self.classes)
+        logits = self.cells(latent).split(self.classes, dim=1)
+        cell_loss = sum(F.cross_entropy(part, targets[:, k]) for k, part in enumerate(logits)) / len(logits)
+        for k, part in enumerate(logits):
+            covered = targets[:, k] > 0
+            right = (part.argmax(dim=1) == targets[:, k]) & covered
+            figures[f"cell{k}"] = right.sum() / covered.sum().clamp(min=1)
+        return pixels + 0.5 * map_loss + 0.3 * cell_loss, {**figures, "drawn": map_loss.detach()}
 
 
 def weighted_pixel_loss(picture: Tensor, image: Tensor, weight: Tensor) -> Tensor:
@@ -108,8 +104,8 @@ def weighted_pixel_loss(picture: Tensor, image: Tensor, weight: Tensor) -> Tenso
     return ((error.abs() + 2 * error.square()) * weight).mean() / weight.mean()
 
 
-def cell_labels(labels: Tensor, size: tuple[int, int], classes: list[int]) -> Tensor:
-    """What each latent cell covers: per attribute the most frequent foreground class, 0 if under an eighth is covered.
+def cell_labels(labels: Tensor, size: Sequence[int], classes: Sequence[int]) -> Tensor:
+    """What each latent cell covers: per map the most frequent foreground class, 0 if under an eighth is covered.
 
     Args:
         labels: ``[B, K, H, W]`` with H and W multiples of ``size``.
@@ -128,8 +124,27 @@ def cell_labels(labels: Tensor, size: tuple[int, int], classes: list[int]) -> Te
 
 
 @torch.no_grad()
-def refit_latent_norm(encoder: LatentEncoder, images: Tensor) -> None:
-    """Set the statistics of the encoder's last batch norm to those of ``images [N, 3, H, W]`` (0..1)."""
+def refit_latent_norm(encoder: LatentEncoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Set the statistics of the encoder's last batch norm to those of ``images [N, 3, H, W]`` (0..1).
+
+    Returns:
+        ``gain`` and ``shift [C]``: a latent as it was before is ``gain * latent + shift`` of the new one.
+    """
+    norm = encoder.mapper[1]
+    mean, std = norm.running_mean.clone(), (norm.running_var + norm.eps).sqrt()
     features = torch.cat([encoder.mapper[0](encoder.backbone(normalize_imagenet(part))) for part in images.split(32)])
-    encoder.mapper[1].running_mean.copy_(features.mean(dim=(0, 2, 3)))
-    encoder.mapper[1].running_var.copy_(features.var(dim=(0, 2, 3)))
+    norm.running_mean.copy_(features.mean(dim=(0, 2, 3)))
+    norm.running_var.copy_(features.var(dim=(0, 2, 3)))
+    return (norm.running_var + norm.eps).sqrt() / std, (norm.running_mean - mean) / std
+
+
+@torch.no_grad()
+def fold_latent(conv: nn.Conv2d, gain: Tensor, shift: Tensor) -> None:
+    """Let a 1x1 convolution that read ``gain * latent + shift`` read the latent itself, with the same result."""
+    conv.bias.add_(conv.weight.flatten(1) @ shift)
+    conv.weight.mul_(gain.view(1, -1, 1, 1))
+
+
+def previewer_input(previewer: Previewer) -> nn.Conv2d:
+    """The previewer's first layer, which reads the latent."""
+    return previewer.blocks[0]

@@ -44,10 +44,10 @@ def train(
     if data is None:
         # The first process fills the cache that the others then read.
         if launch.index == 0:
-            data = TrainingData.open(settings, objective.needs, parts, quiet)
+            data = TrainingData.open(settings, objective.needs, parts, quiet, launch.device)
         launch.wait()
         if data is None:
-            data = TrainingData.open(settings, objective.needs, parts, quiet)
+            data = TrainingData.open(settings, objective.needs, parts, quiet, launch.device)
     trainer = Trainer(objective, data, settings, launch, report, stop)
     finished = trainer.run()
     files: list[Path] = []

@@ -146,17 +146,18 @@ class Loss:
 @dataclass(frozen=True)
 class Token:
     """A learned token. token: ``[name]`` or ``<name>`` for a new one, or an existing word. init: what a new one starts
-    as: one or more words whose mean it takes."""
+    as: one or more words whose mean it takes. vectors: how many places it takes in a prompt."""
 
     token: str
     init: str = ""
+    vectors: int = 1
 
 
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adaptation (Hu et al. 2021). modules: parts of Stage C's layer names that it reaches, ``.attn`` is all
-    attention, an empty string everything. dora: also learn the size of each output (Liu et al. 2024). dialects: of
-    LORA_DIALECTS; one file is written in each."""
+    attention, an empty string everything. dora: also learn sizes, one per input of each weight (Liu et al. 2024).
+    dialects: of LORA_DIALECTS; one file is written in each."""
 
     rank: int = 4
     alpha: float = 1.0
@@ -175,9 +176,11 @@ class ControlNetSettings:
 
 @dataclass(frozen=True)
 class IPAdapterSettings:
-    """tokens: how many image tokens the picture's embedding becomes."""
+    """tokens: how many image tokens the picture's embedding becomes. dropout: share of samples that see the text and no
+    picture, and again as many that see neither; `Data.caption_dropout` is the share that sees the picture alone."""
 
     tokens: int = 4
+    dropout: float = 0.05
 
 
 @dataclass(frozen=True)

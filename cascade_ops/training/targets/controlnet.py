@@ -29,6 +29,7 @@ from ...control import (
     smaller_picture,
     super_resolution_control,
 )
+from ...denoisers import SteppedControl
 from ...handles import StageHandle
 from ...models import ControlNet, LatentEncoder, StageC
 from ...models.controlnet import residual_blocks
@@ -172,7 +173,7 @@ class ControlNetObjective(Objective):
         picture = torch.cat([control_picture(_square(one)[None].to(device), *size) for one in pictures])
         mask = _middle(picture) if self.kind.name == "inpainting" else None
         residuals = self.controlnet(self._from_picture(picture, mask))
-        return self.sampler(self.stage_c, prompts, seed, steps, control=residuals)
+        return self.sampler(self.stage_c, prompts, seed, steps, controls=[SteppedControl(residuals)])
 
 
 def _square(picture: Tensor) -> Tensor:

@@ -12,15 +12,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...checkpoints import load, save
+from ...vision import CLIP_MEAN, CLIP_STD
 from ..clip import AttributeHeads, contrastive_loss, scale_penalty
 from ..draws import Draws
 from ..objective import Batch, Objective, StepResult
 from ..parts import Parts
 from ..settings import Settings
 
-# CLIP's own normalisation (Radford et al. 2021, published preprocessing).
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 PROJECTION = "text_to_image_projection.weight"
 
 # Generated pictures are not as crisp as drawn ones or photographs: some training pictures are blurred, all are noised.
@@ -63,13 +61,16 @@ class ImageEncoderObjective(Objective):
 
 
 def clip_pixels(image: Tensor, side: int) -> Tensor:
-    """Pictures ``[B, 3, H, W]``, 0..1, as CLIP sees them: the centre square at `side` pixels, normalised."""
+    """Pictures ``[B, 3, H, W]``, 0..1, as CLIP sees them: the centre square at `side` pixels, normalised.
+
+    `vision.clip_pixels` does the same exactly as published, one picture after another in main memory.
+    """
     height, width = image.shape[-2:]
     square = min(height, width)
     top, left = (height - square) // 2, (width - square) // 2
     image = image[..., top : top + square, left : left + square]
     small = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (small.new_tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (small.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (small - mean) / std
 
 
