@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -186,7 +186,7 @@ def check_ip_adapter(stage_c: StageHandle, adapter: StageHandle) -> None:
 
 def residual_widths(model: StageC) -> list[int]:
     """Widths of the residual blocks of a Stage C, in the order in which they run, repeats counted."""
-    levels = [*zip(model.down_blocks, model.down_repeat_mappers, strict=True)]
+    levels: list[Any] = [*zip(model.down_blocks, model.down_repeat_mappers, strict=True)]
     levels += zip(model.up_blocks, model.up_repeat_mappers, strict=True)
     widths: list[int] = []
     for blocks, mappers in levels:

@@ -213,7 +213,8 @@ class StageCDenoiser:
     def _prepared(self, noise_cond: Tensor, embeddings: Sequence[Tensor], batch: int, seen: Sequence[int]) -> Prepared:
         """seen: for each half in `embeddings`, 1 where IP-Adapters show their pictures and 0 where they show none."""
         decoupled = [self._attention(each, batch, seen, noise_cond.device) for each in self.adapters]
-        return self.model.prepare(noise_cond, *embeddings, decoupled=decoupled)
+        text, pooled, image = embeddings
+        return self.model.prepare(noise_cond, text, pooled, image, decoupled=decoupled)
 
     def _attention(
         self, each: SteppedAdapter, batch: int, seen: Sequence[int], device: torch.device

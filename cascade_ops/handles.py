@@ -107,7 +107,7 @@ class StageHandle:
         """This stage with `networks` in place of those in `attached`, in their order: the same ones elsewhere."""
         moved = {id(old): new for old, new in zip(self.attached, networks, strict=True)}
         controls = (replace(each, network=moved.get(id(each.network), each.network)) for each in self.controls)
-        adapters = (each for each in self.ip_adapters)
+        adapters = (replace(each, adapter=moved.get(id(each.adapter), each.adapter)) for each in self.ip_adapters)
         return replace(self, controls=tuple(controls), ip_adapters=tuple(adapters))
 
     def expect(self, stage: str) -> StageHandle:

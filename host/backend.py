@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..cascade_ops.model_folders import find_model, list_models
-from ..nodes.runtime import copied_to
+from ..nodes.runtime import copied_to, release_unused_memory
 from .folders import DataFolders
 from .progress import ProgressBar, running_node
 
@@ -38,6 +38,9 @@ class HostBackend:
     def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]:
         return copied_to([self.device(handle.stage) for handle in handles], handles)
 
+    def make_room(self) -> None:
+        release_unused_memory()
+
     def shows_previews(self) -> bool:
         return True
 
@@ -54,6 +57,9 @@ class HostBackend:
 
     def model_path(self, folder: str, name: str) -> str:
         return find_model(self._folders.models, folder, name)
+
+    def model_directory(self, folder: str) -> str:
+        return str(self._folders.models[0] / folder)
 
     def output_directory(self) -> str:
         return str(self._folders.output)

@@ -1,4 +1,4 @@
-"""The command `cascade`: run a graph, make a picture from a prompt, serve the graph editor, say what a file is.
+"""The command `cascade`: run a graph, make a picture from a prompt, serve the editor, train, say what a file is.
 
 Heavy libraries are imported by the commands that need them, so that `--help` answers at once.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import serve
+from . import serve, train
 from .client import command as submit
 from .problems import describe_problems
 from .terminal import FAILED, INTERRUPTED, OK, add_graph_arguments, interrupting, refuse, say
@@ -31,6 +31,8 @@ _EXAMPLES = """examples:
   cascade serve                                 open the graph editor in a browser
   cascade submit text_to_image.json --server http://127.0.0.1:8188 --out pictures
   cascade inspect stage_c_lite.safetensors      say which stage, size and layout a file is
+  cascade train cat.yaml                        train a LoRA, a ControlNet, a whole stage: see cascade train --help
+  cascade dataset check photos                  say what would be trained on
 
 exit codes: 0 done, 1 the run failed, 2 wrong usage or a graph that cannot run, 130 interrupted
 """
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cascade",
-        description="Run Stable Cascade graphs, here or on a server.",
+        description="Run Stable Cascade graphs, here or on a server, and train its models.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve.add_command(commands)
     submit.add_command(commands)
+    train.add_commands(commands)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint is", description="Say what a checkpoint is.")
     inspect.set_defaults(command=_inspect)

@@ -73,6 +73,12 @@ def to_model(handle: StageHandle) -> Any:
     """The handle as a ComfyUI `MODEL`, for its samplers, LoRA loaders and model patches."""
     if handle.stage not in _NETWORKS:
         raise ValueError(f"{handle.title} was given, expected Stage C or Stage B: only these are models to ComfyUI.")
+    if handle.attached:
+        raise ValueError(
+            f"{handle.title} carries {' and '.join(each.title for each in handle.attached)}, which ComfyUI's own nodes "
+            "cannot follow, expected Stage C alone: connect it from before the nodes that apply them, or sample it "
+            "with 'Cascade: sample Stage C'."
+        )
     patcher = managed(handle).patcher
     if not hasattr(patcher.model, "diffusion_model"):
         patcher.detach()  # all weights back where they wait, before another patcher moves them

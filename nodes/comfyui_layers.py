@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cascade_ops.models.layers import Attention, GlobalResponseNorm, response_norm
+from ..cascade_ops.models.controlnet import AffineNorm
+from ..cascade_ops.models.layers import Attention, GlobalResponseNorm, as_channels_last, as_image, response_norm
 
 # Gives the layer to put in place of the one of that name, or None to look inside it.
 Lend = Callable[[str, nn.Module], nn.Module | None]
@@ -54,6 +56,13 @@ def comfyui_layer(name: str, layer: nn.Module) -> nn.Module | None:
         copy = _shallow(layer)
         copy.__class__ = FollowingBatchNorm
         return copy
+    if type(layer) is AffineNorm:
+        norm = _operations().LayerNorm(layer.normalized_shape, eps=layer.eps, device="meta")
+        return LentAffineNorm(_with_weights(norm, layer.weight, layer.bias))
+    if type(layer).__name__ == "CLIPVisionEmbeddings":
+        inner = _shallow(layer)
+        inner._modules = {child: rebuilt(part, comfyui_layer, child) for child, part in layer._modules.items()}
+        return FollowingWeights(inner)
     make = _MAKERS.get(type(layer))
     return None if make is None else _with_weights(make(layer), layer.weight, getattr(layer, "bias", None))
 
@@ -99,12 +108,42 @@ class LentResponseNorm(GlobalResponseNorm):
         return response_norm(x, self.norm.gamma.to(x), self.norm.beta.to(x))
 
 
+class LentAffineNorm(nn.Module):
+    """Layer norm over the channels of ``[B, C, H, W]`` by a given layer, which norms the last axis."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return as_image(self.norm(as_channels_last(x)))
+
+
+class FollowingWeights(nn.Module):
+    """A module that has weights of its own beside layers, which runs with them where its input is."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.eval()
+
+    def forward(self, x: Tensor, *arguments: Any, **settings: Any) -> Any:
+        here = _shallow(self.module)
+        here._parameters = {name: _moved(weight, x.device) for name, weight in here._parameters.items()}
+        here._buffers = {name: _moved(buffer, x.device) for name, buffer in here._buffers.items()}
+        return here(x, *arguments, **settings)
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
 class FollowingBatchNorm(nn.BatchNorm2d):
     """Batch norm, as in evaluation, that runs where its input is."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean, variance, weight, bias = (
-            tensor.to(x.device) for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
+            _moved(tensor, x.device) for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
         )
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
 

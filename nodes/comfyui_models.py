@@ -73,5 +73,5 @@ def _running(handle: StageHandle, entry: Managed) -> StageHandle:
     device = entry.patcher.load_device
     network = entry.network or handle.network
     if isinstance(handle.module, TextEncoder):
-        return replace(handle, module=TextEncoder(network, handle.module.tokenizer, device), runs_on=device)
+        return replace(handle, module=handle.module.with_module(network, device), runs_on=device)
     return replace(handle, module=network, runs_on=device)

@@ -15,13 +15,24 @@ WHERE = {
     "stage_a": "vae",
     "text_encoder": "text_encoders",
     "previewer": "vae_approx",
+    "latent_encoder": "vae",
+    "image_encoder": "clip_vision",
+    "controlnet": "controlnet",
+    "ip_adapter": "controlnet",
+    "lora": "loras",
 }
+# There is a bundled ControlNet for each kind of control, and a best file.
+AUTO_CONTROLNETS = {f"auto ({kind})": kind for kind in catalog.CONTROL_KINDS}
+BUNDLED_CONTROLNETS = {f"tiny {kind} (bundled)": kind for kind in catalog.CONTROL_KINDS}
 
 
 def choices(stage: str) -> list[str]:
     """The entries of a loader's list: `auto`, the bundled file, then the names in the stage's model folders."""
     names = dict.fromkeys(name for folder in catalog.STAGE_FOLDERS[stage] for name in runtime.model_files(folder))
-    return [AUTO, BUNDLED, *names]
+    if stage == "controlnet":
+        return [*AUTO_CONTROLNETS, *BUNDLED_CONTROLNETS, *names]
+    # What a LoRA is for does not show in the file, so there is no best one.
+    return [BUNDLED, *names] if stage == "lora" else [AUTO, BUNDLED, *names]
 
 
 def checkpoint_choices() -> list[str]:
@@ -34,9 +45,14 @@ def find(stage: str, choice: str) -> ModelFile:
 
     A name that several folders have is the file of the folder that is listed first.
     """
-    if choice == AUTO:
+    if stage == "controlnet":
+        if choice in AUTO_CONTROLNETS:
+            return _present(catalog.best(stage, _files_of, AUTO_CONTROLNETS[choice]), stage)
+        if choice in BUNDLED_CONTROLNETS:
+            return _present(catalog.bundled(stage, BUNDLED_CONTROLNETS[choice]), stage)
+    elif choice == AUTO and stage != "lora":
         return _present(catalog.best(stage, _files_of), stage)
-    if choice == BUNDLED:
+    elif choice == BUNDLED:
         return _present(catalog.bundled(stage), stage)
     folders = catalog.STAGE_FOLDERS[stage]
     folder = next((folder for folder in folders if choice in runtime.model_files(folder)), folders[0])
@@ -65,8 +81,9 @@ def embeddings() -> list[ModelFile]:
 
 def _present(file: ModelFile, stage: str) -> ModelFile:
     if file.name == BUNDLED and not os.path.isfile(file.path):
+        what = os.path.splitext(os.path.basename(file.path))[0]
         raise ValueError(
-            f"No {stage} file was found and this installation lacks the bundled tiny one: put a published {stage} "
+            f"No {what} file was found and this installation lacks the bundled tiny one: put a published {what} "
             f"file into models/{WHERE[stage]}, or install the package again with tiny/weights."
         )
     return file

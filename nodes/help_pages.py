@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .files import AUTO, BUNDLED
 from .locale import Node, documented_nodes, write_text
 
 FOLDER = Path(__file__).parents[1] / "web" / "docs"
@@ -64,7 +63,7 @@ def _value(kind: Any, options: dict[str, Any], required: bool) -> str:
     if isinstance(kind, (list, tuple)):
         # Which files there are depends on the machine.
         choices = "one of " + ", ".join(f"`{choice}`" for choice in kind)
-        names = "a file" if list(kind[:2]) == [AUTO, BUNDLED] else choices
+        names = "a file" if any(str(choice).endswith("(bundled)") for choice in kind) else choices
         return f"{names}; default `{options['default']}`"
     said = [f"`{kind}`"]
     if "min" in options:

@@ -128,6 +128,32 @@ class CascadeLoadPreviewer(_LoadStage):
         return {"required": {"file": _file_input("previewer", "previewer")}}
 
 
+class CascadeLoadLatentEncoder(_LoadStage):
+    STAGE = "latent_encoder"
+    DESCRIPTION = "Loads the latent encoder (EffNet), which turns a picture into a latent that Stage C understands."
+    RETURN_TYPES = ("CASCADE_LATENT_ENCODER",)
+    RETURN_NAMES = ("latent_encoder",)
+    OUTPUT_TOOLTIPS = ("The latent encoder, for nodes that start from a picture.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": _file_input("latent_encoder", "latent encoder")}}
+
+
+class CascadeLoadImageEncoder(_LoadStage):
+    STAGE = "image_encoder"
+    DESCRIPTION = "Loads the image encoder (CLIP vision), which turns a picture into what Stage C and IP-Adapters read."
+    RETURN_TYPES = ("CASCADE_IMAGE_ENCODER",)
+    RETURN_NAMES = ("image_encoder",)
+    OUTPUT_TOOLTIPS = ("The image encoder, for 'Cascade: apply IP-Adapter'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        kind, options = _file_input("image_encoder", "image encoder")
+        fitting = " Only image encoders that fit the Stage C which auto would take are considered."
+        return {"required": {"file": (kind, options | {"tooltip": options["tooltip"] + fitting})}}
+
+
 class CascadeLoadCheckpoint:
     DESCRIPTION = (
         "Loads everything from the two combined files made for ComfyUI (stable_cascade_stage_c and "

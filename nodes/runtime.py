@@ -35,6 +35,8 @@ __all__ = [
     "dtype",
     "in_comfyui",
     "input_directory",
+    "make_room",
+    "model_directory",
     "model_files",
     "model_path",
     "output_directory",
@@ -63,11 +65,13 @@ class Backend(Protocol):
     def device(self, stage: str) -> torch.device: ...
     def dtype(self, stage: str, parameters: int) -> torch.dtype | None: ...
     def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]: ...
+    def make_room(self) -> None: ...
     def shows_previews(self) -> bool: ...
     def progress(self, total: int) -> Progress: ...
     def check_interrupted(self) -> None: ...
     def model_files(self, folder: str) -> list[str]: ...
     def model_path(self, folder: str, name: str) -> str: ...
+    def model_directory(self, folder: str) -> str: ...
     def output_directory(self) -> str: ...
     def input_directory(self) -> str: ...
     def temp_directory(self) -> str: ...
@@ -94,8 +98,20 @@ def placed(handles: Sequence[StageHandle], memory: int = 0) -> list[StageHandle]
     All that a node runs is placed in one call: a later one may take the place of what an earlier one placed. What comes
     back is for this run; nothing that is on a wire changes. Loaders leave weights in main memory, and here is decided
     how they get to the device: ComfyUI loads and offloads them by its own rules, other hosts give the node a copy.
+    What a stage carries (ControlNets, IP-Adapters) is placed with it.
     """
-    return _backend().placed(handles, memory)
+    carried = {id(each): each for handle in handles for each in handle.attached}
+    ready = _backend().placed([*handles, *carried.values()], memory)
+    moved = dict(zip(carried, ready[len(handles) :], strict=True))
+    return [
+        now.with_attached([moved[id(each)] for each in handle.attached]) if handle.attached else now
+        for handle, now in zip(handles, ready, strict=False)
+    ]
+
+
+def make_room() -> None:
+    """Let the host take what it keeps on the device off it, for work that wants all of its memory, such as training."""
+    _backend().make_room()
 
 
 def shows_previews() -> bool:
@@ -121,6 +137,11 @@ def model_files(folder: str) -> list[str]:
 def model_path(folder: str, name: str) -> str:
     """Full path of a model file; ValueError that names the places looked at where there is none."""
     return _backend().model_path(folder, name)
+
+
+def model_directory(folder: str) -> str:
+    """Where new model files of one kind go; it may not be there yet."""
+    return _backend().model_directory(folder)
 
 
 def output_directory() -> str:
@@ -168,6 +189,9 @@ class PlainBackend:
     def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]:
         return copied_to([self.device(handle.stage) for handle in handles], handles)
 
+    def make_room(self) -> None:
+        release_unused_memory()
+
     def shows_previews(self) -> bool:
         return False
 
@@ -182,6 +206,9 @@ class PlainBackend:
 
     def model_path(self, folder: str, name: str) -> str:
         return find_model(self._roots(), folder, name)
+
+    def model_directory(self, folder: str) -> str:
+        return str(self._roots()[0] / folder)
 
     def output_directory(self) -> str:
         return str(Path("output").absolute())

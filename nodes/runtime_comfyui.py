@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 # Which of its settings says where a stage runs and where it waits; the others are diffusion models to it.
 _PLACES = {
     "text_encoder": ("text_encoder_device", "text_encoder_offload_device"),
+    "image_encoder": ("text_encoder_device", "text_encoder_offload_device"),
     "stage_a": ("vae_device", "vae_offload_device"),
+    "latent_encoder": ("vae_device", "vae_offload_device"),
 }
 
 
@@ -48,6 +50,11 @@ class ComfyUIBackend:
 
         return placed(handles, memory)
 
+    def make_room(self) -> None:
+        management = _management()
+        management.unload_all_models()
+        management.soft_empty_cache()
+
     def shows_previews(self) -> bool:
         """As the setting says: of the server's start, or, since ComfyUI 0.8, of the prompt."""
         arguments = _arguments()
@@ -72,6 +79,9 @@ class ComfyUIBackend:
                 "(press R in ComfyUI to refresh the lists)"
             )
         return path
+
+    def model_directory(self, folder: str) -> str:
+        return _folder_paths().get_folder_paths(_known_folder(folder))[0]
 
     def output_directory(self) -> str:
         return _folder_paths().get_output_directory()

@@ -192,6 +192,7 @@ class CascadeSampleStageC:
         pictures = [wires.read_pictures(positive, "positive"), wires.read_pictures(negative, "negative")]
         tokens = memory.condition_tokens(stage_c, prompts, pictures)
         bytes_needed = memory.sampling_bytes(stage_c, start.samples.shape, tokens)
+        bytes_needed += memory.attached_bytes(stage_c, start.samples.shape)
         previewer, notes = _fitting(previewer, stage_c)
         if previewer is None:
             (stage_c,) = runtime.placed([stage_c], bytes_needed)
@@ -213,6 +214,7 @@ class CascadeSampleStageC:
             negative_pictures=pictures[1],
             callback=_report(chosen.steps, show),
         )
+        notes += [f"with {each.describe()}" for each in (*stage_c.controls, *stage_c.ip_adapters)]
         return {"ui": _said(stage_c, chosen, result.stage_c_pixels(), notes), "result": (result.to_wire(),)}
 
 

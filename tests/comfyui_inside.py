@@ -97,6 +97,24 @@ class Inside:
         answer = getattr(node(), node.FUNCTION)(**inputs)
         return answer["result"] if isinstance(answer, dict) else answer
 
+    def attachments(self):
+        """Handles of a ControlNet, an IP-Adapter and what makes their input, for the bundled Stage C."""
+        models = self.pack("cascade_ops.models")
+        stages = {"latent_encoder": self.load("LatentEncoder"), "image_encoder": self.load("ImageEncoder")}
+        own = {
+            "controlnet": models.ControlNet(4, 128, [0, 11], "effnet", [8] * 7 + [16], [1] * 6),
+            "maps": models.ControlNet(16, 128, [0, 5], "large", large_widths=[32, 16, 24], large_blocks=1),
+            "ip_adapter": models.IPAdapter(96, 128, [128] * 12),
+        }
+        for name, network in own.items():
+            for weight in network.parameters():
+                self.torch.nn.init.normal_(weight, std=0.1)
+            stage = "ip_adapter" if name == "ip_adapter" else "controlnet"
+            info = SimpleNamespace(title=name, parameters=1, size="tiny", rank=3, control={}, defaults={})
+            handle = self.pack("cascade_ops.handles").StageHandle
+            stages[name] = handle(stage, network.eval().requires_grad_(False), info, name)
+        return stages
+
     def load(self, stage):
         return self.run(f"CascadeLoad{stage}", file="auto")[0]
 
@@ -269,7 +287,7 @@ def offloaded_weights_are_streamed_and_give_the_same_picture(inside):
 def every_weight_goes_where_the_input_is(inside):
     """With the weights left in main memory and the input elsewhere, here on a device without memory."""
     torch, models = inside.torch, inside.pack("nodes.comfyui_models")
-    stages = all_stages(inside)
+    stages = all_stages(inside) | inside.attachments()
     networks = {stage: models.managed(handle).network for stage, handle in stages.items()}
     for stage, handle in stages.items():
         models.managed(handle).patcher.load(torch.device("meta"), lowvram_model_memory=0.1)
@@ -283,10 +301,40 @@ def every_weight_goes_where_the_input_is(inside):
         "stage_b": networks["stage_b"](empty(2, 4, 64, 64), empty(2), empty(2, 16, 6, 6), empty(2, 1, 128)),
         "stage_a": networks["stage_a"].decode(empty(1, 4, 8, 8)),
         "previewer": networks["previewer"](empty(1, 16, 6, 6)),
+        "latent_encoder": networks["latent_encoder"](empty(1, 3, 64, 64)),
+        "image_encoder": networks["image_encoder"](pixel_values=empty(2, 3, 224, 224)).image_embeds,
+        "controlnet": networks["controlnet"](empty(1, 4, 64, 64))[11],
+        "maps": networks["maps"](empty(1, 16, 6, 6))[5],
+        "ip_adapter": networks["ip_adapter"].attention(empty(2, 1, 96)).key_values[0],
     }
     encoder = type(stages["text_encoder"].module)(networks["text_encoder"], runs_on=torch.device("meta"))
     results["text_encoder"] = encoder.encode("a (red:1.2) star").hidden
     assert {stage: result.device.type for stage, result in results.items()} == dict.fromkeys(networks, "meta")
+
+
+@check
+def what_stage_c_carries_is_placed_with_it(inside):
+    torch, runtime = inside.torch, inside.pack("nodes.runtime")
+    attachments, control_inputs = inside.pack("cascade_ops.attachments"), inside.pack("cascade_ops.control_inputs")
+    carried, conditions, stage_c = inside.attachments(), inside.conditions(), inside.load("StageC")
+    control = control_inputs.ControlInput("inpainting", torch.rand(1, 4, 192, 192))
+    handle = attachments.apply_control(stage_c, carried["controlnet"], control)
+    handle = attachments.apply_ip_adapter(handle, carried["ip_adapter"], torch.rand(1, 1, 96))
+    asked, load = [], inside.management.load_models_gpu
+    inside.management.load_models_gpu = lambda models, **options: (
+        asked.append((models, options)) or load(models, **options)
+    )
+    try:
+        managed = sampled_c(inside, handle, *conditions)["samples"]
+        alone = sampled_c(inside, stage_c, *conditions)["samples"]
+    finally:
+        inside.management.load_models_gpu = load
+    assert [len(models) for models, _ in asked] == [3, 1]
+    assert asked[0][1]["memory_required"] > asked[1][1]["memory_required"]
+    with runtime.using(runtime.PlainBackend()):
+        near(managed, sampled_c(inside, handle, *conditions)["samples"])
+    differ(managed, alone)
+    refused("which ComfyUI's own nodes cannot follow", inside.run, "CascadeToModel", stage=handle)
 
 
 @check

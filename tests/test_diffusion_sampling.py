@@ -10,7 +10,12 @@ import torch
 from safetensors import safe_open
 from sampling_kit import Towards, start
 
-from stable_cascade_nodes.cascade_ops.denoisers import StageBDenoiser, StageCDenoiser, TextCondition
+from stable_cascade_nodes.cascade_ops.denoisers import (
+    StageBDenoiser,
+    StageCDenoiser,
+    SteppedControl,
+    TextCondition,
+)
 from stable_cascade_nodes.cascade_ops.diffusion import (
     SAMPLERS,
     TARGETS,
@@ -208,7 +213,9 @@ def test_control_reaches_both_halves(stage_c, text):
     controls = [values.get(f"control.{index}") for index in range(10)]
     for batch in (1, 2):
         part = [None if residual is None else residual[:batch] for residual in controls]
-        with_control = predictions(StageCDenoiser(stage_c, *text, control=part), values["x"], 0.4, True)
+        with_control = predictions(
+            StageCDenoiser(stage_c, *text, controls=[SteppedControl(part)]), values["x"], 0.4, True
+        )
         for ours, condition in zip(with_control, text, strict=True):
             hidden, pooled = (value.expand(2, -1, -1) for value in condition)
             expected = stage_c(values["x"], torch.full((2,), 0.4), hidden, pooled, torch.zeros(2, 1, 24), control=part)

@@ -1,6 +1,7 @@
 """Estimated memory against the tensors that a run of the published sizes keeps alive, counted without computing."""
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,26 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stable_cascade_nodes.cascade_ops import memory
+from stable_cascade_nodes.cascade_ops.attachments import AppliedControl, AppliedIPAdapter
 from stable_cascade_nodes.cascade_ops.checkpoints.loading import ParametersWithoutMemory
 from stable_cascade_nodes.cascade_ops.denoisers import TextCondition
 from stable_cascade_nodes.cascade_ops.handles import StageHandle
-from stable_cascade_nodes.cascade_ops.models import Previewer, StageA, StageB, StageC
+from stable_cascade_nodes.cascade_ops.models import (
+    ControlNet,
+    IPAdapter,
+    LatentEncoder,
+    Previewer,
+    StageA,
+    StageB,
+    StageC,
+)
 
+CONTROLNETS = {
+    "canny": ({"c_in": 1}, (1, 768, 768)),
+    "inpainting": ({"c_in": 4}, (4, 768, 768)),
+    "super_resolution": ({"c_in": 16, "bottleneck_mode": "large"}, (16, 32, 32)),
+    "identity": ({"c_in": 512, "bottleneck_mode": "simple", "proj_blocks": list(range(64))}, (512, 24, 24)),
+}
 LITE_C = {"c_cond": 1536, "c_hidden": [1536, 1536], "nhead": [24, 24], "blocks": [[4, 12], [12, 4]]}
 
 
@@ -107,3 +123,38 @@ def test_stage_a_and_previewer():
         assert 1 < estimate / counted(stage_a, lambda model, side=side: model.decode(empty(1, 4, side, side))) < 1.4
         estimate = memory.preview_bytes(previewer, (2, 16, side, side))
         assert 1 < estimate / counted(previewer, lambda model, side=side: model(empty(2, 16, side, side))) < 1.4
+
+
+@pytest.mark.parametrize("kind", CONTROLNETS)
+def test_controlnets(kind):
+    """What is counted while one runs, and its residuals after that in the dtype of Stage C and as a float32 sum."""
+    config, shape = CONTROLNETS[kind]
+    stage_c, network = (
+        handle("stage_c", StageC, torch.bfloat16),
+        handle("controlnet", ControlNet, torch.float32, **config),
+    )
+    running = counted(network, lambda model: model(empty(1, *shape)))
+    residuals = [r for r in network.module(empty(1, *shape)) if r is not None]
+    kept = sum(r.numel() for r in residuals) * (2 + 4)
+    applied = AppliedControl(network, empty(1, *shape))
+    steered = replace(stage_c, controls=(applied,))
+    assert 1 < memory.attached_bytes(steered, (1, 16, 24, 24)) / (running + kept) < 1.8
+    assert memory.attached_bytes(replace(steered, controls=(replace(applied, strength=0.0),)), (1, 16, 24, 24)) == 0
+    assert memory.attached_bytes(stage_c, (1, 16, 24, 24)) == 0
+
+
+def test_ip_adapter():
+    stage_c = handle("stage_c", StageC, torch.bfloat16)
+    adapter = handle("ip_adapter", IPAdapter, torch.bfloat16, **IPAdapter.config_for(stage_c.module, 768))
+    kept = adapter.module.attention(empty(6, 2, 768)).key_values
+    reading = replace(stage_c, ip_adapters=(AppliedIPAdapter(adapter, empty(1, 2, 768)),))
+    expected = sum(kv.numel() * kv.element_size() for kv in kept)
+    assert memory.attached_bytes(reading, (3, 16, 24, 24)) == expected
+    assert memory.attached_bytes(reading, (3, 16, 24, 24), guided=False) == expected / 2
+
+
+def test_latent_encoder():
+    encoder = handle("latent_encoder", LatentEncoder, torch.float32)
+    for height, width in ((768, 768), (1024, 512)):
+        estimate = memory.encoding_bytes(encoder, (height, width))
+        assert 1 < estimate / counted(encoder, lambda model, h=height, w=width: model(empty(1, 3, h, w))) < 1.4

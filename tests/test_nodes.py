@@ -35,6 +35,19 @@ IDS = [
     "CascadeSampleStageB",
     "CascadeDecodeStageA",
     "CascadePreviewLatent",
+    "CascadeLoadLatentEncoder",
+    "CascadeLoadImageEncoder",
+    "CascadeLoadControlNet",
+    "CascadeLoadIPAdapter",
+    "CascadeLoadLoRA",
+    "CascadeCannyControl",
+    "CascadeInpaintControl",
+    "CascadeSuperResolutionControl",
+    "CascadeApplyControlNet",
+    "CascadeApplyIPAdapter",
+    "CascadeTrainLoRA",
+    "CascadeTrainControlNet",
+    "CascadeTrainIPAdapter",
 ]
 # Inside ComfyUI only.
 BRIDGE_IDS = ["CascadeStageCFromModel", "CascadeStageBFromModel", "CascadeToModel"]

@@ -12,9 +12,20 @@ from stable_cascade_nodes.cascade_ops.checkpoints import load
 from stable_cascade_nodes.cascade_ops.training import checkpoint
 from stable_cascade_nodes.cascade_ops.training.launch import SingleProcess
 from stable_cascade_nodes.cascade_ops.training.run import train
-from stable_cascade_nodes.cascade_ops.training.settings import Data, Loss, Models, Optimizer, Settings, Source
+from stable_cascade_nodes.cascade_ops.training.settings import (
+    Data,
+    Loss,
+    Models,
+    Optimizer,
+    Samples,
+    Settings,
+    Source,
+)
 from stable_cascade_nodes.tiny.captions import caption_full
 from stable_cascade_nodes.tiny.drawing import random_scene, render
+from stable_cascade_nodes.tiny.family import WEIGHTS
+
+BUNDLED_STAGE_C = WEIGHTS / "stage_c.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +95,23 @@ def test_a_missing_model_is_named(tmp_path, scenes):
     run = replace(settings(scenes, tmp_path, "stage_c", SMALL_C), models=Models(text_encoder="nowhere.safetensors"))
     with pytest.raises((ValueError, OSError), match=r"nowhere\.safetensors"):
         train(run)
+
+
+def test_samples_are_written_on_the_way_and_change_nothing(tmp_path, scenes):
+    plain = train(replace(settings(scenes, tmp_path / "plain", "stage_c", SMALL_C), steps=4))
+    shown = replace(
+        settings(scenes, tmp_path / "shown", "stage_c", SMALL_C),
+        steps=4,
+        samples=Samples(every=2, prompts=("a red circle", "a blue star"), steps=2),
+    )
+    assert train(shown).losses == plain.losses
+    names = sorted(path.name for path in (tmp_path / "shown" / "samples").iterdir())
+    assert names == [f"step-00000{step}_0{index}.png" for step in (2, 4) for index in (0, 1)]
+
+
+def test_fine_tuning_finds_the_best_file_and_an_adapter_wants_a_name(tmp_path, scenes):
+    auto = replace(settings(scenes, tmp_path, "stage_c", {}), models=Models(init="auto"), steps=1)
+    (path,) = train(auto).files
+    assert load(path, "stage_c")[1].config == load(BUNDLED_STAGE_C, "stage_c")[1].config
+    with pytest.raises(ValueError, match=r"models\.init is auto for lora, expected a file to go on with"):
+        train(replace(auto, target="lora"))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from ..catalog import AUTO
+from ..checkpoints.info import MODELS
 from . import targets
 from .accelerated import default_launch
 from .checkpoint import whole
 from .data import TrainingData
 from .launch import Launch
-from .objective import Objective, Report, Trained
+from .objective import Objective, Report, Trained, TrainingStep
 from .parts import Parts
+from .samples import Sampler
 from .settings import Settings
 from .trainer import BatchSource, Trainer
 
@@ -40,6 +44,7 @@ def train(
     launch = launch or default_launch(settings.precision)
     quiet = say if launch.index == 0 else (lambda line: None)
     parts = parts or Parts(settings.models, frozen_dtype=settings.precision)
+    settings = with_init_found(settings, parts)
     objective = targets.build(settings, parts)
     if data is None:
         # The first process fills the cache that the others then read.
@@ -48,7 +53,21 @@ def train(
         launch.wait()
         if data is None:
             data = TrainingData.open(settings, objective.needs, parts, quiet, launch.device)
-    trainer = Trainer(objective, data, settings, launch, report, stop)
+    sampler = Sampler(settings, parts, Path(settings.output))
+
+    def after(step: TrainingStep) -> None:
+        report(step)
+        if sampler.due(step.step):
+            with trainer.average.in_place():
+                for path in sampler.write(objective, step.step):
+                    quiet(f"Wrote {path}.")
+
+    trainer = Trainer(objective, data, settings, launch, after, stop)
+    if settings.samples.every and is_spread(trainer):
+        raise ValueError(
+            f"samples.every is {settings.samples.every} and the weights are spread over {launch.processes} processes "
+            "(FSDP), expected 0: sample from the finished files, or train with DDP."
+        )
     finished = trainer.run()
     files: list[Path] = []
     with trainer.average.in_place():
@@ -60,10 +79,29 @@ def train(
     return Trained(files, trainer.step, trainer.losses, objective, finished)
 
 
+def with_init_found(settings: Settings, parts: Parts) -> Settings:
+    """The settings with the file that `models.init` ``auto`` means.
+
+    Raises:
+        ValueError: the target is an adapter, for which no file is the best one.
+    """
+    if settings.models.init != AUTO:
+        return settings
+    if settings.target not in MODELS:
+        raise ValueError(
+            f"models.init is auto for {settings.target}, expected a file to go on with, or none for a new one: name it."
+        )
+    return replace(settings, models=replace(settings.models, init=str(parts.path(settings.target))))
+
+
+def is_spread(trainer: Trainer) -> bool:
+    """Whether each process has a part of the weights only (FSDP2)."""
+    return any(hasattr(parameter, "full_tensor") for parameter in trainer.parameters.values())
+
+
 def _whole(trainer: Trainer, settings: Settings, parts: Parts) -> Objective | None:
     """The objective with its weights in one piece, in the main process; all processes must call it."""
-    spread = any(hasattr(parameter, "full_tensor") for parameter in trainer.parameters.values())
-    if not spread:
+    if not is_spread(trainer):
         return trainer.objective
     weights = {name: whole(parameter) for name, parameter in trainer.parameters.items()}
     if trainer.launch.index != 0:

@@ -119,6 +119,7 @@ class LatentEncoderObjective(Objective):
         ]
         if self.stage_b is not None:
             stage_b = copy.deepcopy(self.stage_b.module).cpu()
+            fold_latent(stage_b.effnet_mapper[0], gain, shift)
             path = folder / f"{name}_stage_b.safetensors"
             config, defaults = self.stage_b.config, self.stage_b.defaults
             paths.append(save(stage_b, path, stage="stage_b", config=config, defaults=defaults, name=model))

@@ -14,6 +14,7 @@ from ...models.effnet import normalize_imagenet
 from ...sizes import ENCODER_COMPRESSION
 from ..diffusion_loss import DiffusionLoss, replaced
 from ..draws import Draws
+from ..frozen import frozen_copy
 from ..memory_saving import checkpoint_blocks
 from ..new_models import trained_model
 from ..noise import offset_noise, pyramid_noise
@@ -106,5 +107,5 @@ def build(settings: Settings, parts: Parts) -> StageBObjective:
     module, config, defaults = trained_model(settings, "stage_b")
     checkpoint_blocks(module, settings.gradient_checkpointing)
     empty = empty_prompt(parts.load("text_encoder"))
-    encoder = parts.load("latent_encoder").module if settings.loss.rescale < 1 else None
+    encoder = frozen_copy(parts.load("latent_encoder").module) if settings.loss.rescale < 1 else None
     return StageBObjective(module, settings, empty.pooled, config, defaults, encoder)

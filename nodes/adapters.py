@@ -1,0 +1,196 @@
+"""Nodes that add to a model without being one: LoRA and IP-Adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..cascade_ops.catalog import fingerprint
+from . import files, runtime
+from .control import strength, times
+from .loaders import CATEGORY as LOADERS
+from .loaders import _file_input, _LoadStage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..cascade_ops.handles import StageHandle
+
+CATEGORY = "cascade/adapters"
+
+
+class CascadeLoadIPAdapter(_LoadStage):
+    STAGE = "ip_adapter"
+    CATEGORY = LOADERS
+    DESCRIPTION = (
+        "Loads an IP-Adapter, which lets Stage C read a picture beside the prompt: what is in it and its look."
+    )
+    RETURN_TYPES = ("CASCADE_IP_ADAPTER",)
+    RETURN_NAMES = ("ip_adapter",)
+    OUTPUT_TOOLTIPS = ("The IP-Adapter, for 'Cascade: apply IP-Adapter'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": _file_input("ip_adapter", "IP-Adapter")}}
+
+
+class CascadeApplyIPAdapter:
+    DESCRIPTION = (
+        "Lets Stage C read a picture through an IP-Adapter, beside the prompt. The Stage C that comes out shares the "
+        "weights of the one that went in, which stays as it was; several can be applied one after another."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "apply"
+    RETURN_TYPES = ("CASCADE_STAGE_C",)
+    RETURN_NAMES = ("stage_c",)
+    OUTPUT_TOOLTIPS = ("Stage C that reads the picture, for 'Cascade: sample Stage C'.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "stage_c": ("CASCADE_STAGE_C", {"tooltip": "The model, from 'Cascade: load Stage C'."}),
+                "ip_adapter": ("CASCADE_IP_ADAPTER", {"tooltip": "The adapter, from 'Cascade: load IP-Adapter'."}),
+                "image_encoder": (
+                    "CASCADE_IMAGE_ENCODER",
+                    {"tooltip": "Turns the picture into what the adapter reads, from 'Cascade: load image encoder'."},
+                ),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "The picture to read; of a wide or tall one, the square in the middle. Several in a "
+                        "batch are read together for every picture that is made."
+                    },
+                ),
+                "weight": strength("How much of the picture is taken over. 1 is what the adapter learned, 0 is off."),
+                **times("The picture is"),
+            }
+        }
+
+    def apply(
+        self,
+        stage_c: StageHandle,
+        ip_adapter: StageHandle,
+        image_encoder: StageHandle,
+        image: Tensor,
+        weight: float,
+        start: float,
+        end: float,
+    ) -> dict[str, Any]:
+        from ..cascade_ops.attachments import apply_ip_adapter, check_ip_adapter
+        from ..cascade_ops.control_inputs import as_channels_first
+        from ..cascade_ops.vision import encode_pictures
+
+        check_ip_adapter(stage_c, ip_adapter)
+        pictures = as_channels_first(image)
+        runtime.check_interrupted()
+        (image_encoder,) = runtime.placed([image_encoder])
+        embeddings = encode_pictures(image_encoder, pictures).cpu()
+        together = embeddings.reshape(1, -1, embeddings.shape[-1])
+        applied = apply_ip_adapter(stage_c, ip_adapter, together, weight, start, end)
+        said = applied.ip_adapters[-1].describe()
+        return {
+            "ui": {"text": [f"{said}, {len(pictures)} pictures" if len(pictures) > 1 else said]},
+            "result": (applied,),
+        }
+
+
+class CascadeLoadLoRA:
+    DESCRIPTION = (
+        "Applies a LoRA, a small file that teaches a model a look or a subject, to Stage C and to the text encoder. "
+        "The models that went in stay as they were; several can be applied one after another."
+    )
+    CATEGORY = LOADERS
+    FUNCTION = "load"
+    RETURN_TYPES = ("CASCADE_STAGE_C", "CASCADE_TEXT_ENCODER")
+    RETURN_NAMES = ("stage_c", "text_encoder")
+    OUTPUT_TOOLTIPS = (
+        "Stage C with the LoRA, for 'Cascade: sample Stage C'.",
+        "The text encoder with the LoRA and its learned words, for 'Cascade: encode text'. Only where a text encoder "
+        "is connected.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        def amount(tooltip: str) -> tuple:
+            options = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05, "round": 0.001, "tooltip": tooltip}
+            return ("FLOAT", options)
+
+        return {
+            "required": {
+                "stage_c": ("CASCADE_STAGE_C", {"tooltip": "The model to change, from 'Cascade: load Stage C'."}),
+                "file": (
+                    files.choices("lora"),
+                    {
+                        "default": files.BUNDLED,
+                        "tooltip": "The LoRA, of any known trainer. Files go into models/loras; the tiny one comes "
+                        "with these nodes and fits the tiny Stage C.",
+                    },
+                ),
+                "strength": amount("How much Stage C is changed. 1 is what was learned, 0 is off."),
+            },
+            "optional": {
+                "text_encoder": (
+                    "CASCADE_TEXT_ENCODER",
+                    {
+                        "tooltip": "The text encoder to change too, from 'Cascade: load text encoder'. Needed for a "
+                        "LoRA that learned new words or changes the text encoder."
+                    },
+                ),
+                "text_strength": amount(
+                    "How much the text encoder is changed. 1 is what was learned; at 0 it does not know the learned "
+                    "words either."
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, file: str, **settings: object) -> str:
+        return fingerprint(files.find("lora", file).path)
+
+    def load(
+        self,
+        stage_c: StageHandle,
+        file: str,
+        strength: float,
+        text_encoder: StageHandle | None = None,
+        text_strength: float = 1.0,
+    ) -> dict[str, Any]:
+        from ..cascade_ops.adapters.dialects import read_lora
+        from ..cascade_ops.adapters.lora import apply_lora
+        from ..cascade_ops.adapters.tokens import with_tokens
+
+        _check_weights(stage_c, text_encoder)
+        lora = read_lora(files.find("lora", file).path, stage_c.network)
+        said = []
+        if "stage_c" in lora.stages:
+            stage_c, report = apply_lora(stage_c, lora, strength)
+            said.append(f"{stage_c.title} at {strength:g}: {report.describe()}")
+        words = ", ".join(token.token or "a word without a name" for token in lora.tokens)
+        if text_encoder is not None:
+            if "text_encoder" in lora.stages:
+                text_encoder, report = apply_lora(text_encoder, lora, text_strength)
+                said.append(f"{text_encoder.title} at {text_strength:g}: {report.describe()}")
+            if lora.tokens and text_strength:
+                text_encoder = with_tokens(text_encoder, lora.tokens)
+                said.append(f"learned words: {words}")
+        elif not said:
+            raise ValueError(
+                f"{file} changes nothing of Stage C{', it holds the learned words ' + words if words else ''}: connect "
+                "the text encoder at 'text_encoder'."
+            )
+        elif "text_encoder" in lora.stages or lora.tokens:
+            more = f" and the learned words {words}" if words else ""
+            said.append(f"connect the text encoder to use what the LoRA changes of it{more}")
+        return {"ui": {"text": said}, "result": (stage_c, text_encoder)}
+
+
+def _check_weights(*handles: StageHandle | None) -> None:
+    from .comfyui_layers import LentAttention
+
+    for handle in handles:
+        if handle is not None and any(isinstance(layer, LentAttention) for layer in handle.network.modules()):
+            raise ValueError(
+                f"{handle.title} runs on the weights of ComfyUI's own model, which this LoRA loader cannot change, "
+                "expected one from a Cascade loader: apply the LoRA with ComfyUI's LoRA loader, before 'Cascade: "
+                "Stage C from MODEL'."
+            )
