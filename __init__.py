@@ -1,9 +1,19 @@
 """Stable Cascade as ComfyUI nodes."""
 
 from .nodes import bridge, runtime
+from .nodes.adapters import CascadeApplyIPAdapter, CascadeLoadIPAdapter, CascadeLoadLoRA
+from .nodes.control import (
+    CascadeApplyControlNet,
+    CascadeCannyControl,
+    CascadeInpaintControl,
+    CascadeLoadControlNet,
+    CascadeSuperResolutionControl,
+)
 from .nodes.latents import CascadeDecodeStageA, CascadeEmptyLatent, CascadePreviewLatent
 from .nodes.loaders import (
     CascadeLoadCheckpoint,
+    CascadeLoadImageEncoder,
+    CascadeLoadLatentEncoder,
     CascadeLoadPreviewer,
     CascadeLoadStageA,
     CascadeLoadStageB,
@@ -12,6 +22,7 @@ from .nodes.loaders import (
 )
 from .nodes.sampling import CascadeSampleStageB, CascadeSampleStageC
 from .nodes.text import CascadeEncodeText
+from .nodes.training import CascadeTrainControlNet, CascadeTrainIPAdapter, CascadeTrainLoRA
 
 # Ids are frozen: workflows and API prompts name them.
 NODE_CLASS_MAPPINGS: dict[str, type] = {
@@ -27,6 +38,19 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "CascadeSampleStageB": CascadeSampleStageB,
     "CascadeDecodeStageA": CascadeDecodeStageA,
     "CascadePreviewLatent": CascadePreviewLatent,
+    "CascadeLoadLatentEncoder": CascadeLoadLatentEncoder,
+    "CascadeLoadImageEncoder": CascadeLoadImageEncoder,
+    "CascadeLoadControlNet": CascadeLoadControlNet,
+    "CascadeLoadIPAdapter": CascadeLoadIPAdapter,
+    "CascadeLoadLoRA": CascadeLoadLoRA,
+    "CascadeCannyControl": CascadeCannyControl,
+    "CascadeInpaintControl": CascadeInpaintControl,
+    "CascadeSuperResolutionControl": CascadeSuperResolutionControl,
+    "CascadeApplyControlNet": CascadeApplyControlNet,
+    "CascadeApplyIPAdapter": CascadeApplyIPAdapter,
+    "CascadeTrainLoRA": CascadeTrainLoRA,
+    "CascadeTrainControlNet": CascadeTrainControlNet,
+    "CascadeTrainIPAdapter": CascadeTrainIPAdapter,
 }
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeLoadStageC": "Cascade: load Stage C",
@@ -41,6 +65,19 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeSampleStageB": "Cascade: sample Stage B",
     "CascadeDecodeStageA": "Cascade: decode Stage A",
     "CascadePreviewLatent": "Cascade: preview latent",
+    "CascadeLoadLatentEncoder": "Cascade: load latent encoder",
+    "CascadeLoadImageEncoder": "Cascade: load image encoder",
+    "CascadeLoadControlNet": "Cascade: load ControlNet",
+    "CascadeLoadIPAdapter": "Cascade: load IP-Adapter",
+    "CascadeLoadLoRA": "Cascade: load LoRA",
+    "CascadeCannyControl": "Cascade: canny control",
+    "CascadeInpaintControl": "Cascade: inpaint control",
+    "CascadeSuperResolutionControl": "Cascade: super-resolution control",
+    "CascadeApplyControlNet": "Cascade: apply ControlNet",
+    "CascadeApplyIPAdapter": "Cascade: apply IP-Adapter",
+    "CascadeTrainLoRA": "Cascade: train LoRA",
+    "CascadeTrainControlNet": "Cascade: train ControlNet",
+    "CascadeTrainIPAdapter": "Cascade: train IP-Adapter",
 }
 if runtime.in_comfyui():
     NODE_CLASS_MAPPINGS |= bridge.NODE_CLASS_MAPPINGS

@@ -80,7 +80,7 @@ def learn(
     runtime.make_room()
     with torch.inference_mode(False), torch.enable_grad(), _own_random_numbers(), _run_folder(name, resume) as run:
         settings = _settled(settings, run, given["stage_c"].dtype, resume)
-        stages = {stage: _float16_free(_trainable(handle)) for stage, handle in given.items()}
+        stages = {stage: _trainable(handle) for stage, handle in given.items()}
         files, steps, watch = _train(settings, stages, pictures, captions)
         paths = [place(path, _folder_of(path, run, target), path.stem) for path in files]
     if watch.interruption is not None:
@@ -184,7 +184,7 @@ def _settled(settings: Settings, run: Path, dtype: Any, resume: bool) -> Setting
     return replace(
         settings,
         output=str(run),
-        # Stage C's own number format; no gradient survives float16.
+        # Stage C's own number format, but for float16, in which no gradient survives: autocast takes its weights too.
         precision="float32" if dtype == torch.float32 else "bfloat16",
         save_every=_SAVE_EVERY if resume else 0,
         tensorboard=False,
@@ -205,17 +205,6 @@ def _trainable(handle: StageHandle) -> StageHandle:
             "a Cascade loader: connect that loader."
         )
     return handle
-
-
-def _float16_free(handle: StageHandle) -> StageHandle:
-    """The handle in bfloat16 where it is in float16, in which gradients become zero or infinite."""
-    import copy
-
-    import torch
-
-    if handle.dtype != torch.float16 or handle.stage != "stage_c":
-        return handle
-    return replace(handle, module=copy.deepcopy(handle.module).to(torch.bfloat16))
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ def comfyui(monkeypatch, tmp_path):
             raise Interrupted
 
     management.throw_exception_if_processing_interrupted = check
+    management.unload_all_models = lambda: calls.append("unloaded")
+    management.soft_empty_cache = lambda: calls.append("emptied")
 
     class Bar:
         def __init__(self, total):
@@ -92,6 +94,21 @@ def test_comfyuis_settings_say_the_dtype_as_far_as_anything_runs_in_it(comfyui):
 
 def test_an_older_comfyui_knows_a_folder_by_its_former_name(comfyui):
     assert runtime.model_files("diffusion_models") == ["old.safetensors"]
+
+
+def test_new_files_go_into_the_first_folder_of_their_kind(comfyui, tmp_path, monkeypatch):
+    sys.modules["folder_paths"].folder_names_and_paths["unet"][0].extend(["/comfy/unet", "/other/unet"])
+    assert runtime.model_directory("diffusion_models") == "/comfy/unet"
+    monkeypatch.setenv("CASCADE_MODELS", str(tmp_path / "more"))
+    with runtime.using(HostBackend(DataFolders(tmp_path / "host"))):
+        assert runtime.model_directory("loras") == str(tmp_path / "host" / "models" / "loras")
+    with runtime.using(runtime.PlainBackend()):
+        assert runtime.model_directory("loras") == os.path.abspath(os.path.join("models", "loras"))
+
+
+def test_room_is_made_by_taking_everything_off_the_device(comfyui):
+    runtime.make_room()
+    assert comfyui.calls == ["unloaded", "emptied"]
 
 
 def test_comfyuis_bar_shows_previews_and_stops_the_run(comfyui):

@@ -1,13 +1,11 @@
-"""Scenes, their pictures, their words, and pools of them."""
+"""Scenes, their pictures, their words."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stable_cascade_nodes.tiny import pool
 from stable_cascade_nodes.tiny.captions import _SHAPES, _SIZES, caption, caption_full, describe
 from stable_cascade_nodes.tiny.drawing import (
     COLOURS,
@@ -37,11 +35,9 @@ def one(shape="circle", x=0.5, y=0.5, radius=0.28, rgb=(200, 0, 0), background=(
     return Scene("blue", background, (item,))
 
 
-def test_a_seed_fixes_the_scene_and_json_keeps_it():
+def test_a_seed_fixes_the_scene():
     assert scenes(count=20) == scenes(count=20)
     assert scenes(count=20) != scenes(count=20, seed=4)
-    for scene in scenes(count=50):
-        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
 
 
 def test_names_agree_with_the_geometry():
@@ -214,38 +210,3 @@ def test_wording_varies():
     scene = scenes(count=1, objects=2)[0]
     assert len({caption(scene, rng) for _ in range(40)}) > 30
     assert len({describe(scene, rng).objects for _ in range(40)}) == 2
-
-
-def test_a_pool_is_what_its_seed_says(tmp_path):
-    pool.build_pool(tmp_path, 5, seed=9, size=32, jobs=1)
-    pictures, entries = pool.open_pool(tmp_path)
-    assert pictures.shape == (5, 32, 32, 3)
-    for index, entry in enumerate(entries):
-        scene, texts = pool.pool_scene(9, "train", index)
-        assert entry == {
-            "scene": json.loads(json.dumps(scene.to_dict())),
-            "caption": caption_full(scene),
-            "captions": texts,
-        }
-        assert (pictures[index] == render(Scene.from_dict(entry["scene"]), 32)).all()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.json", "train.npy"]
-
-
-def test_an_interrupted_pool_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "_CHUNK", 2)
-    partial = tmp_path / "train.npy.partial"
-    begun = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(5, 32, 32, 3))
-    begun[2:4] = 77
-    begun.flush()
-    pool._done_marker(partial, 2).touch()
-    pool.build_pool(tmp_path, 5, size=32, jobs=1)
-    pictures, _ = pool.open_pool(tmp_path)
-    assert (pictures[2:4] == 77).all()
-    assert (pictures[4] == render(pool.pool_scene(0, "train", 4)[0], 32)).all()
-
-
-def test_a_pool_that_does_not_fit_together_is_refused(tmp_path):
-    np.save(tmp_path / "train.npy", np.zeros((2, 4, 4, 3), np.uint8))
-    (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(ValueError, match="2 pictures and 0 captions"):
-        pool.open_pool(tmp_path)

@@ -1,114 +1,141 @@
-"""The recipe starts, trains, resumes and publishes: every command, on a pool of a few pictures and for two steps."""
+"""The recipe: every configuration runs with the one trainer, and what comes out is a family with its adapters."""
+
+import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from stable_cascade_nodes.cascade_ops.checkpoints import inspect_file
-from stable_cascade_nodes.cascade_ops.training.loop import read_tensors
-from stable_cascade_nodes.tiny import (
-    publish,
-    train,
-    train_clip,
-    train_latent_encoder,
-    train_stage_a,
-    train_stage_b,
-    train_stage_c,
-)
-from stable_cascade_nodes.tiny.evaluate import Family, measured_scenes, text_to_image
-from stable_cascade_nodes.tiny.pool import build_pool
+from stable_cascade_nodes.cascade_ops.training.settings_file import read_settings
+from stable_cascade_nodes.tiny import evaluate_adapters, publish, recipe, train
+from stable_cascade_nodes.tiny.attributes import CLASS_COUNTS, MAP_CLASSES, MENTIONED_COUNTS
+from stable_cascade_nodes.tiny.dataset import KINDS, write_dataset
+from stable_cascade_nodes.tiny.evaluate import Family
+from stable_cascade_nodes.tiny.family import WEIGHTS
+from stable_cascade_nodes.tiny.looks import TOKEN
+from stable_cascade_nodes.tiny.recipe import ADAPTERS, CONFIGS, PARTS, RECIPE, steps_for
 
-PICTURES = 16
+SHORT = ["steps=1", "batch_size=2", "tensorboard=false", "optimizer.warmup=1"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A training folder in which every part was trained for two steps."""
-    out = tmp_path_factory.mktemp("tiny")
-    build_pool(out / "pool", PICTURES, jobs=1)
-    build_pool(out / "pool", 256, split="test", size=32, jobs=1)
-    arguments = ["--out", str(out), "--steps", "2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_stage_c, "EXTRA_SCENES", 4)
-        patch.setattr(train_stage_c, "BATCH", 8)
-        patch.setattr(train_stage_b, "EXTRA_SCENES", 4)
-        patch.setattr(train_stage_b, "PICTURES", PICTURES)
-        patch.setattr(train_latent_encoder, "BATCH", 4)
-        patch.setattr(train_stage_a, "reconstruction_psnr", lambda model, pictures: 0.0)
-        patch.setattr(train_clip, "text_accuracy", lambda *a: {})
-        train_clip.main(["text", *arguments, "--device", "cpu"])
-        train_clip.main(["image", *arguments, "--pool", str(out / "pool"), "--device", "cpu"])
-        train_stage_a.main([*arguments, "--device", "cpu"])
-        train_latent_encoder.main([*arguments, "--device", "cpu"])
-        train_stage_c.main([*arguments, "--device", "cpu"])
-        train_stage_b.main([*arguments, "--device", "cpu"])
-    return out
+def out(tmp_path_factory):
+    """The folder of a recipe of which every run took one step."""
+    folder = tmp_path_factory.mktemp("recipe")
+    for kind in KINDS:
+        write_dataset(kind, folder / "data" / kind, 4, jobs=1)
+    train.copy_configs(folder)
+    for name in RECIPE:
+        module, *rest = train.command_of(name, folder, SHORT)
+        # What `run_step` does, without a process of its own.
+        assert not importlib.import_module(f"stable_cascade_nodes.{module}").main(rest), name
+        (folder / f"{name}.done").touch()
+    return folder
 
 
-@pytest.mark.parametrize("stage", publish.PARTS)
-def test_every_part_is_written_as_what_it_is(folder, stage):
-    info = inspect_file(folder / f"{stage}.safetensors")
+@pytest.mark.parametrize("stage", PARTS)
+def test_every_part_is_gathered_as_what_it_is(out, stage):
+    path = out / "weights" / f"{stage}.safetensors"
+    info = inspect_file(path)
     assert (info.stage, info.size) == (stage, "tiny")
+    with safe_open(str(path), "pt") as file:
+        assert not any(file.get_tensor(name).dtype == torch.float32 for name in file.keys())  # noqa: SIM118
 
 
-def test_published_parts_are_a_family_that_makes_pictures(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "WEIGHTS", tmp_path)
-    publish.main(["--out", str(folder)])
-    assert {path.stem for path in tmp_path.iterdir()} == set(publish.PARTS)
-    with safe_open(str(tmp_path / "stage_c.safetensors"), "pt") as file:
-        assert file.get_tensor("clf.1.weight").dtype == torch.float16
-    family = Family.load(tmp_path)
-    assert family.defaults_c["width"] == 256
-    assert text_to_image(family, measured_scenes(2, "test", 1), 0).shape == (2, 256, 256, 3)
+def test_the_gathered_family_makes_pictures(out):
+    family = Family.load(out / "weights")
+    assert (family.defaults_c["width"], family.defaults_b["guidance"]) == (256, 2.0)
+    assert len(family.stage_b.down_blocks[2]) == 4 * 3  # the deeper Stage B, not the one it grew from
+    latent = family.sample_c(["a red circle"], 0, steps=1)
+    made = family.decode(family.sample_b(latent, ["a red circle"], 0, steps=1))
+    assert made.shape == (1, 256, 256, 3)
+    # Of the picture that is made, it can make a variation.
+    varied = family.sample_c([""], 0, {"image": family.embed(made)}, steps=1)
+    assert not torch.equal(varied, family.sample_c([""], 0, steps=1))
 
 
-def test_a_finished_part_is_not_trained_again(folder, capsys):
-    before, _ = read_tensors(folder / "stage_a.safetensors")
-    train_stage_a.main(["--out", str(folder), "--steps", "2", "--device", "cpu"])
-    assert "step " not in capsys.readouterr().out
-    after, _ = read_tensors(folder / "stage_a.safetensors")
-    assert torch.equal(after["out_block.0.weight"], before["out_block.0.weight"])
-    # The scale of the latent is fitted to the trained weights and not on top of an earlier fit.
-    assert torch.allclose(after["down_blocks.3.1.weight"], before["down_blocks.3.1.weight"], rtol=1e-3)
+def test_every_adapter_is_measured_with_and_without(out, tmp_path, monkeypatch, capsys):
+    publish.main(["--out", str(out), "--to", str(tmp_path / "adapters"), "--adapters"])
+    family = Family.load(out / "weights")
+    quick = replace(family, defaults_c={**family.defaults_c, "steps": 1}, defaults_b={**family.defaults_b, "steps": 1})
+    monkeypatch.setattr(Family, "load", lambda folder: quick)
+    places = ["--weights", out / "weights", "--adapters", tmp_path / "adapters"]
+    results = ["--samples", tmp_path / "sheets", "--out", tmp_path / "table.md"]
+    evaluate_adapters.main([*map(str, [*places, *results]), "--count", "1"])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    names = {line.split("|")[1].strip() for line in lines[2:]}
+    assert names == {"LoRA", "canny", "inpainting", "super-resolution", "identity", "IP-Adapter"}
+    assert all(line.count("|") == 6 for line in lines)
+    assert {path.stem for path in (tmp_path / "sheets").iterdir()} == set(ADAPTERS)
 
 
-def test_stage_b_sees_the_same_place_of_all_its_inputs():
-    grid = torch.arange(64.0).view(8, 8)
-    latent = grid.repeat_interleave(2, 0).repeat_interleave(2, 1).expand(1, 1, 16, 16)
-    parts = train_stage_b.crop([(latent, 2), (grid.expand(1, 1, 8, 8), 1)], 4, torch.Generator().manual_seed(3))
-    assert [tuple(part.shape) for part in parts] == [(1, 1, 8, 8), (1, 1, 4, 4)]
-    assert torch.equal(parts[0][..., ::2, ::2], parts[1])
+def test_adapters_are_gathered_in_float16_and_small(out, tmp_path):
+    publish.main(["--out", str(out), "--to", str(tmp_path), "--adapters"])
+    found = {path.stem: inspect_file(path) for path in tmp_path.iterdir()}
+    assert found.keys() == ADAPTERS.keys()
+    stages = {"lora": "lora", "ip_adapter": "ip_adapter"}
+    assert {name: info.stage for name, info in found.items()} == {n: stages.get(n, "controlnet") for n in ADAPTERS}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3_600_000
+    with safe_open(str(tmp_path / "lora.safetensors"), "pt") as file:
+        assert TOKEN in str(file.metadata())
 
 
-def test_conditions_are_noised_and_dropped_as_said():
-    clean = torch.ones(4000, 1, 2, 2)
-    degraded = train_stage_b.degrade(clean, torch.Generator().manual_seed(0))
-    dropped = (degraded.flatten(1) == 0).all(dim=1)
-    untouched = (degraded.flatten(1) == 1).all(dim=1)
-    assert dropped.float().mean().item() == pytest.approx(train_stage_b.DROPPED_SHARE, abs=0.02)
-    expected = (1 - train_stage_b.NOISED_SHARE) * (1 - train_stage_b.DROPPED_SHARE)
-    assert untouched.float().mean().item() == pytest.approx(expected, abs=0.03)
+def test_a_finished_recipe_runs_nothing(out, monkeypatch):
+    monkeypatch.setattr(train, "run_step", lambda *arguments: pytest.fail("ran"))
+    train.main(["--out", str(out)])
 
 
-def test_the_plan_runs_parts_after_what_they_need(tmp_path, monkeypatch):
+def test_configurations_name_the_classes_that_the_data_has():
+    text, image = (read_settings(CONFIGS / f"{name}.yaml").encoders for name in ("text_encoder", "image_encoder"))
+    assert (text.attributes, text.token_attributes) == (CLASS_COUNTS, MENTIONED_COUNTS)
+    assert image.attributes == CLASS_COUNTS
+    for name in ("latent_encoder", "latent_encoder_with_stage_b"):
+        assert read_settings(CONFIGS / f"{name}.yaml").encoders.maps == MAP_CLASSES
+
+
+def test_every_configuration_is_in_the_recipe_under_its_name():
+    runs = {name for name, step in RECIPE.items() if step.command[:2] == recipe.TRAIN}
+    assert runs == {path.stem for path in CONFIGS.glob("*.yaml")}
+    for name in runs:
+        settings = read_settings(CONFIGS / f"{name}.yaml")
+        assert settings.output.endswith(name)
+        assert RECIPE[name].command[2].endswith(f"/{name}.yaml")
+
+
+def test_the_order_has_what_a_step_needs_before_it(tmp_path, monkeypatch):
     order = []
-
-    def run(name, out, device, threads):
-        order.append(name)
-
-    monkeypatch.setattr(train, "run_part", run)
-    train.train(tmp_path, "cpu", jobs=3, threads=1)
-    assert sorted(order) == sorted(train.RECIPE)
-    for name, part in train.RECIPE.items():
-        assert all(order.index(need) < order.index(name) for need in part.needs)
-    # The previewer is trained with the latent encoder.
-    assert set(train.RECIPE) >= set(publish.PARTS) - {"previewer"}
-    train.train(tmp_path, "cpu", jobs=3, threads=1)
-    assert len(order) == len(train.RECIPE)  # all were marked as done
+    monkeypatch.setattr(train, "run_step", lambda name, *rest: order.append(name))
+    train.train(tmp_path, jobs=3, threads=1)
+    assert sorted(order) == sorted(RECIPE)
+    for name, step in RECIPE.items():
+        assert all(order.index(need) < order.index(name) for need in step.needs)
+    assert (tmp_path / "configs" / "stage_a.yaml").is_file()
 
 
-def test_a_failed_part_stops_the_plan_and_names_its_log(tmp_path, monkeypatch):
-    monkeypatch.setitem(train.RECIPE, "stage_a", train.Part(("train_stage_a", "--nonsense"), ()))
+def test_one_part_brings_what_it_needs():
+    assert steps_for("image_encoder") == ["data_scenes", "data_captions", "text_encoder", "image_encoder"]
+    assert {"weights", "data_look", "stage_c_pictures"} <= set(steps_for("lora"))
+    assert "controlnet_canny" not in steps_for("lora")
+    with pytest.raises(ValueError, match="no part 'stage_d'"):
+        steps_for("stage_d")
+
+
+def test_a_finished_family_leaves_only_the_adapter_to_train(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(train, "run_step", lambda name, *rest: order.append(name))
+    train.main(["--out", str(tmp_path), "--weights", str(WEIGHTS), "--only", "lora"])
+    assert order == ["data_look", "lora"]
+    assert inspect_file(tmp_path / "weights" / "stage_c.safetensors").size == "tiny"
+    with pytest.raises(ValueError, match=r"has no stage_c\.safetensors"):
+        train.take_weights(tmp_path / "data", tmp_path)
+
+
+def test_a_failed_step_stops_the_recipe_and_names_its_log(tmp_path, monkeypatch):
+    # Any command that refuses its arguments; those of this package take seconds to start.
+    monkeypatch.setattr(train, "_PACKAGE", "json")
+    monkeypatch.setitem(RECIPE, "stage_a", recipe.Step(("tool", "--nonsense")))
     with pytest.raises(RuntimeError, match=r"stage_a ended with code 2: read .*stage_a\.log"):
-        train.run_part("stage_a", tmp_path, "cpu", threads=1)
-    assert "--out" in (tmp_path / "stage_a.log").read_text()
+        train.run_step("stage_a", tmp_path, threads=1)
+    assert "usage:" in (tmp_path / "stage_a.log").read_text()

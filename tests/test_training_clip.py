@@ -1,28 +1,68 @@
-"""The CLIP objectives and the training loop, and the tiny family's recipe that uses them."""
+"""Training the CLIP towers: what captions say becomes readable, pictures find their captions."""
 
 import math
 from collections import Counter
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+from stable_cascade_nodes.cascade_ops.checkpoints import load
+from stable_cascade_nodes.cascade_ops.text import TextEncoder
 from stable_cascade_nodes.cascade_ops.tokenizer import default_tokenizer, pad_tokens
 from stable_cascade_nodes.cascade_ops.training.clip import (
     AttributeHeads,
+    caption_tokens,
+    collate,
     contrastive_loss,
     mean_state,
     retrieval_at_1,
     scale_penalty,
 )
-from stable_cascade_nodes.cascade_ops.training.loop import LoopConfig, Trainer
-from stable_cascade_nodes.tiny import train_clip
-from stable_cascade_nodes.tiny.captions import Description, caption_full, describe
-from stable_cascade_nodes.tiny.drawing import POSITION_NAMES, random_scene
-from stable_cascade_nodes.tiny.pool import build_pool
-from stable_cascade_nodes.tiny.retrieval import distinct_scenes, retrieval
+from stable_cascade_nodes.cascade_ops.training.draws import Draws
+from stable_cascade_nodes.cascade_ops.training.launch import SingleProcess
+from stable_cascade_nodes.cascade_ops.training.parts import Parts
+from stable_cascade_nodes.cascade_ops.training.settings import Encoders, Models, Optimizer, Settings
+from stable_cascade_nodes.cascade_ops.training.targets import image_encoder, text_encoder
+from stable_cascade_nodes.cascade_ops.training.trainer import Trainer
+
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 24, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 77, "hidden_act": "gelu"}
+IMAGE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64, "projection_dim": 16}
+IMAGE |= {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_act": "gelu"}
+COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "white": (1.0, 1.0, 1.0)}
+CLASSES = {"top": 4, "bottom": 4}
+PAIRS = [(a, b) for a in COLOURS for b in COLOURS]
+
+
+class Flags:
+    """Pictures of two colours, their captions, and both colours by place and in the order of mention."""
+
+    def __init__(self, text: TextEncoder | None = None):
+        self.text = text
+
+    def batches(self, first_step, last_step, global_batch, positions):
+        for step in range(first_step, last_step):
+            draws = Draws(5, step, positions)
+            numbers, swapped = draws.integers(len(PAIRS)).tolist(), draws.chosen(0.5).tolist()
+            chosen = [PAIRS[number] for number in numbers]
+            top, bottom = (torch.tensor([list(COLOURS).index(pair[i]) for pair in chosen]) for i in (0, 1))
+            swap = torch.tensor(swapped)
+            captions = [f"{b} below {a}" if s else f"{a} above {b}" for (a, b), s in zip(chosen, swapped, strict=True)]
+            image = torch.tensor([[COLOURS[a], COLOURS[b]] for a, b in chosen]).permute(0, 2, 1)[..., None]
+            batch = {
+                "caption": captions,
+                "image": image.repeat_interleave(20, dim=2).expand(-1, -1, -1, 48),
+                "attributes": {
+                    "top": top,
+                    "bottom": bottom,
+                    "said top": torch.where(swap, bottom, top),
+                    "said bottom": torch.where(swap, top, bottom),
+                },
+            }
+            if self.text:
+                batch["text_pooled"] = torch.stack([self.text.encode(caption).pooled for caption in captions])
+            yield batch
 
 
 def test_contrastive_loss_by_hand():
@@ -55,7 +95,8 @@ def test_attribute_heads_read_their_own_classes():
         heads.linear.bias.copy_(torch.tensor([0.0, 5.0, 7.0, 0.0, 0.0]))
     features = torch.randn(2, 3)
     targets = {"colour": torch.tensor([1, 0]), "shape": torch.tensor([0, 0])}
-    assert heads.accuracy(features, targets) == {"colour": 0.5, "shape": 1.0, "all": 0.5}
+    found = {name: value.item() for name, value in heads.accuracy(features, targets).items()}
+    assert found == {"colour": 0.5, "shape": 1.0, "all": 0.5}
     colour = (math.log(1 + math.exp(-5)) + math.log(1 + math.exp(5))) / 2
     shape = math.log(1 + 2 * math.exp(-7))
     assert heads.loss(features, targets).item() == pytest.approx((colour + shape) / 2, rel=1e-5)
@@ -69,67 +110,18 @@ def test_mean_state_and_scale_penalty():
     assert scale_penalty(unit + 2).item() == pytest.approx(4, rel=1e-5)
 
 
-def some_scenes(count, **options):
-    rng = np.random.default_rng(0)
-    return [random_scene(rng, **options) for _ in range(count)]
-
-
-def decoded(row):
-    return {name: train_clip._CLASSES[name][index] for name, index in row.items()}
-
-
-def test_attributes_follow_the_caption():
-    scene = some_scenes(1, objects=2)[0]
-    first, other = sorted(scene.objects, key=lambda o: POSITION_NAMES.index(o.position))
-    mentioned = Description("", (other, first))
-    in_order = decoded(train_clip.attributes(mentioned, scene, ordered=True))
-    free = decoded(train_clip.attributes(mentioned, scene, ordered=False))
-    assert (in_order["first colour"], in_order["other shape"]) == (other.colour, first.shape)
-    assert (free["first colour"], free["other shape"]) == (first.colour, other.shape)
-    unplaced = replace(mentioned, names_positions=False, names_background=False, names_sizes=False)
-    vague = decoded(train_clip.attributes(unplaced, scene, ordered=False))
-    assert vague["first colour"] == other.colour
-    assert {vague[k] for k in ("background", "pattern", "second", "first size", "other position")} == {"unnamed"}
-
-
-def test_attributes_of_one_object():
-    scene = some_scenes(1, objects=1)[0]
-    names = decoded(train_clip.attributes(train_clip.full_description(scene), scene, ordered=False))
-    item = scene.objects[0]
-    assert [names[f"first {k}"] for k in ("colour", "shape", "size", "position")] == [
-        item.colour,
-        item.shape,
-        item.size,
-        item.position,
-    ]
-    assert {v for k, v in names.items() if k.startswith("other")} == {"none"}
-    assert names["background"] == scene.background
-
-
-@pytest.fixture(scope="module")
-def vocabulary():
-    return train_clip.CompactVocabulary.of_captions()
-
-
-def test_the_vocabulary_covers_every_caption_with_clips_own_ids(vocabulary):
-    rng = np.random.default_rng(8)
-    for split in ("train", "test", "held_out"):
-        for _ in range(100):
-            scene = random_scene(rng, split)
-            for text in (describe(scene, rng).text, caption_full(scene)):
-                rows = vocabulary.rows(text)
-                expected, mask = pad_tokens(default_tokenizer().encode(text))
-                assert [vocabulary.ids[row] for row in rows] == expected[: sum(mask)]
-    assert vocabulary.ids == sorted(vocabulary.ids)
-    assert vocabulary.ids[-2:] == [49406, 49407]
+def test_caption_tokens_are_clips_own():
+    ids, mask = pad_tokens(default_tokenizer().encode("a red circle, on the left"))
+    assert list(caption_tokens("a red circle, on the left")) == ids[: sum(mask)]
+    long = caption_tokens("red " * 200)
+    assert (len(long), long[0], long[-1]) == (77, 49406, 49407)
 
 
 def test_collate_pads_with_the_end_and_one_far_position():
-    rng = np.random.default_rng(0)
     far = Counter()
-    for _ in range(200):
-        ids, mask, positions = train_clip.collate([[8, 1, 9], [8, 1, 2, 3, 9]], 9, rng)
-        assert ids.tolist() == [[8, 1, 9, 9, 9, 9], [8, 1, 2, 3, 9, 9]]
+    for step in range(200):
+        ids, mask, positions = collate([[8, 1, 9], [8, 1, 2, 3, 9]], Draws(0, step, [0, 1]))
+        assert ids.tolist() == [[8, 1, 9, 49407, 49407, 49407], [8, 1, 2, 3, 9, 49407]]
         assert mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
         assert positions[:, :-1].tolist() == [[0, 1, 2, 3, 4]] * 2
         assert positions[0, -1] >= 3
@@ -137,78 +129,102 @@ def test_collate_pads_with_the_end_and_one_far_position():
         far.update(positions[:, -1].tolist())
     assert max(far) == 76
     assert len(far) > 60
+    full = collate([[8] * 77], Draws(0, 0, [0]))[2]
+    assert full.shape == (1, 78)
+    assert full.max() == 76
 
 
-def test_a_saved_text_encoder_gives_the_same_states_at_full_length(tmp_path, vocabulary):
-    objective = train_clip.text_objective(vocabulary).eval()
-    path = tmp_path / "text_encoder.safetensors"
-    train_clip.save_text(path, objective, vocabulary)
+def text_settings(output, steps=120, **changes) -> Settings:
+    encoders = Encoders(attributes=CLASSES, token_attributes={f"said {name}": 4 for name in CLASSES})
+    optimizer = Optimizer(learning_rate=5e-3, warmup=5, schedule="cosine")
+    return Settings(
+        "text_encoder", str(output), steps=steps, batch_size=32, network=TEXT, encoders=encoders,
+        optimizer=optimizer, **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    """A trained text tower: the objective and its file."""
+    folder = tmp_path_factory.mktemp("text")
+    settings = text_settings(folder)
+    objective = text_encoder.build(settings, None)
+    Trainer(objective, Flags(), settings, SingleProcess("cpu")).run()
+    return objective.eval(), objective.export(folder, "text")[0]
+
+
+@torch.no_grad()
+def test_the_text_tower_makes_readable_what_captions_say(text_run):
+    objective, _ = text_run
+    batch = next(iter(Flags().batches(1000, 1001, 64, range(64))))
+    figures = objective(batch, Draws(0, 0, range(64))).figures
+    assert figures["pooled"] > 0.9
+    assert figures["tokens"] > 0.9
+
+
+@torch.no_grad()
+def test_the_text_tower_is_written_with_the_rows_that_captions_use(text_run):
+    objective, path = text_run
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["cascade.stage"] == "text_encoder"
-        assert '"vocab_size": 49408' in file.metadata()["cascade.config"]
-        rows = file.get_tensor("token_rows")
+        rows = file.get_tensor("token_rows").tolist()
         table = file.get_slice("text_model.embeddings.token_embedding.weight").get_shape()
-    assert table == [len(rows), 128]
-    loaded, loaded_vocabulary = train_clip.load_text(path)
-    texts = [caption_full(scene) for scene in some_scenes(3)]
-    short = train_clip.embed_texts(objective, vocabulary, texts)
-    row_of = {token: row for row, token in enumerate(loaded_vocabulary.ids)}
-    padded = [pad_tokens(default_tokenizer().encode(text)) for text in texts]
-    ids = torch.tensor([[row_of[token] for token in tokens] for tokens, _ in padded])
+    words = {token for pair in PAIRS for token in caption_tokens(f"{pair[0]} above {pair[1]}")}
+    assert set(rows) == words | set(caption_tokens("below"))
+    assert table == [len(rows), 32]
+    encoder, info = load(path, expect="text_encoder")
+    assert info.config["hidden_size"] == 32
+    ids, mask, positions = collate([caption_tokens("red above blue")], Draws(0, 0, [0]))
+    pooled, states = objective.read(ids, mask, positions)
+    given = encoder.encode("red above blue")
+    assert torch.allclose(given.pooled, pooled, atol=1e-5)
+    assert torch.allclose(given.hidden[:, :5], states[:, :5], atol=1e-5)
+
+
+def test_the_text_tower_goes_on_from_its_file(text_run, tmp_path):
+    settings = text_settings(tmp_path, steps=1)
+    settings = Settings(**{**vars(settings), "network": {}, "models": Models(init=str(text_run[1]))})
+    objective = text_encoder.build(settings, None)
+    before = objective.module.text_projection.weight.detach().clone()
+    assert torch.equal(before, text_run[0].module.text_projection.weight)
+    Trainer(objective, Flags(), settings, SingleProcess("cpu")).run()
+    assert not torch.equal(before, objective.module.text_projection.weight)
+    with safe_open(objective.export(tmp_path, "more")[0], framework="pt") as file:
+        assert len(file.get_tensor("token_rows")) == text_run[0].used.sum()
+
+
+def test_a_text_tower_needs_something_to_tell(tmp_path):
+    with pytest.raises(ValueError, match=r"encoders\.attributes"):
+        text_encoder.build(Settings("text_encoder", str(tmp_path), network=TEXT), None)
+
+
+@pytest.mark.parametrize("attributes", [{}, CLASSES], ids=["captions alone", "attributes"])
+def test_the_image_tower_finds_its_captions(text_run, tmp_path, attributes):
+    models = Models(text_encoder=str(text_run[1]))
+    settings = Settings(
+        "image_encoder", str(tmp_path), steps=120, batch_size=32, network=IMAGE, models=models,
+        encoders=Encoders(attributes=attributes), optimizer=Optimizer(learning_rate=5e-3, warmup=5, schedule="cosine"),
+    )  # fmt: skip
+    parts = Parts(models)
+    objective = image_encoder.build(settings, parts)
+    assert objective.needs == {"image", "text_pooled"} | ({"attributes"} if attributes else set())
+    Trainer(objective, Flags(parts.load("text_encoder").module), settings, SingleProcess("cpu")).run()
+    (path,) = objective.export(tmp_path, "image")
+    with safe_open(path, framework="pt") as file:
+        projection = file.get_tensor("text_to_image_projection.weight")
+    module, info = load(path, expect="image_encoder")
+    assert (info.config["projection_dim"], list(projection.shape)) == (16, [16, 24])
+    texts = torch.cat([parts.load("text_encoder").module.encode(f"{a} above {b}").pooled for a, b in PAIRS])
+    colours = torch.tensor([[COLOURS[a], COLOURS[b]] for a, b in PAIRS]).permute(0, 2, 1)[..., None]
+    pixels = image_encoder.clip_pixels(colours.repeat_interleave(20, 2).expand(-1, -1, -1, 48), 32)
     with torch.no_grad():
-        pooled, states = loaded.read(ids, torch.tensor([mask for _, mask in padded]))
-    assert states.shape == (3, 77, 128)
-    assert torch.allclose(pooled, short, atol=1e-5)
-
-
-def test_the_text_objective_makes_attributes_readable(vocabulary, tmp_path):
-    objective = train_clip.text_objective(vocabulary)
-    rng = np.random.default_rng(0)
-    batch = train_clip._text_batch(vocabulary, some_scenes(8), rng, full=0.5)
-    ids, mask, positions, order_free, in_order = batch
-    config = LoopConfig(40, lr=3e-3, warmup=5, ema_decay=0.0)
-    Trainer(objective, lambda *step: (objective.loss(*batch), {}), config, tmp_path / "run.safetensors").run()
-    with torch.no_grad():
-        pooled, states = objective.read(ids, mask, positions)
-    assert objective.pooled_heads.accuracy(pooled, order_free)["all"] == 1
-    assert objective.mean_heads.accuracy(mean_state(states, mask), in_order)["all"] == 1
-    assert objective.end_heads.accuracy(states[:, -1], in_order)["all"] == 1
-
-
-def test_text_training_writes_the_encoder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_clip, "text_accuracy", lambda *a: {"summary": a[2:]})
-    train_clip.main(["text", "--out", str(tmp_path), "--steps", "1"])
-    out = capsys.readouterr().out
-    assert "step 1/1" in out
-    assert "held_out" in out
-    objective, vocabulary = train_clip.load_text(tmp_path / "text_encoder.safetensors")
-    fresh = train_clip.text_objective(vocabulary)
-    assert not torch.equal(objective.model.text_projection.weight, fresh.model.text_projection.weight)
-
-
-def test_image_training_runs_from_a_pool(tmp_path, vocabulary, capsys):
-    build_pool(tmp_path / "pool", 16, size=32, jobs=1)
-    out = tmp_path / "out"
-    out.mkdir()
-    train_clip.save_text(out / "text_encoder.safetensors", train_clip.text_objective(vocabulary), vocabulary)
-    train_clip.train_image(out, tmp_path / "pool", steps=2)
-    assert "step 2/2" in capsys.readouterr().out
-    with safe_open(out / "image_encoder.safetensors", framework="pt") as file:
-        assert file.metadata()["cascade.stage"] == "image_encoder"
-        assert file.get_slice("text_to_image_projection.weight").get_shape() == [96, 128]
-        assert file.get_slice("visual_projection.weight").get_shape() == [96, 128]
-    assert retrieval(out, groups=1) < 0.2  # two steps teach nothing: what is found is found by chance
-
-
-def test_retrieval_is_asked_with_captions_that_tell_pictures_apart():
-    captions = [caption_full(scene) for scene in distinct_scenes(64)]
-    assert len(set(captions)) == 64
+        found = retrieval_at_1(module(pixels).image_embeds, texts @ projection.T, group=len(PAIRS))
+    assert found > 0.7
 
 
 def test_pixels_are_normalised_as_clip_does():
-    picture = np.full((1, 2, 2, 3), 255, dtype=np.uint8)
-    picture[0, 0, 0] = 0
-    pixels = train_clip.normalise_pixels(picture)
-    assert pixels.shape == (1, 3, 2, 2)
+    picture = torch.ones(1, 3, 2, 4)
+    picture[..., 0, 1] = 0
+    pixels = image_encoder.clip_pixels(picture, 2)
+    assert pixels.shape == (1, 3, 2, 2)  # the outer columns are cut off
     assert pixels[0, :, 1, 1].tolist() == pytest.approx([1.9303, 2.0749, 2.1459], abs=1e-3)
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([-1.7923, -1.7521, -1.4802], abs=1e-3)

@@ -91,10 +91,25 @@ def _sentence(
 
 def caption_full(scene: Scene) -> str:
     """The canonical caption, which names every attribute: what measurements prompt with."""
-    things = " and ".join(
-        f"{_with_article(f'{o.size} {o.colour} {o.shape}')} {_PLACES[o.position][0]}" for o in scene.objects
-    )
-    return f"{things} on {_with_article(_canonical_background(scene))}"
+    return f"{' and '.join(map(object_phrase, scene.objects))} on {background_phrase(scene)}"
+
+
+def object_phrase(item: SceneObject, rng: np.random.Generator | None = None) -> str:
+    """Everything about one object, ``a small red circle at the top``; random wording with a generator."""
+    if rng is not None:
+        return _phrase(item, rng, with_size=True, with_place=True)
+    return f"{_with_article(f'{item.size} {item.colour} {item.shape}')} {_PLACES[item.position][0]}"
+
+
+def unplaced(scene: Scene) -> str:
+    """The canonical caption without sizes and places: what a picture has to show in some other way."""
+    things = " and ".join(_with_article(f"{item.colour} {item.shape}") for item in scene.objects)
+    return f"{things} on {background_phrase(scene)}"
+
+
+def background_phrase(scene: Scene) -> str:
+    """The background alone, ``a red background``."""
+    return _with_article(_canonical_background(scene))
 
 
 def _canonical_background(scene: Scene) -> str:

@@ -11,7 +11,7 @@ shows; `test` scenes show known pairs in a combination of attributes that traini
 from __future__ import annotations
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -96,15 +96,6 @@ class Scene:
         """The named attributes in a fixed order: what decides the split, whatever the jitter and the wording."""
         objects = sorted(f"{o.colour} {o.shape} {o.size} {o.position}" for o in self.objects)
         return "|".join([f"{self.pattern} {self.background} {self.second}", *objects])
-
-    def to_dict(self) -> dict:
-        """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Scene:
-        objects = tuple(SceneObject(**{**o, "rgb": tuple(o["rgb"])}) for o in values["objects"])
-        return cls(**{**values, "rgb": tuple(values["rgb"]), "objects": objects})
 
 
 def split_of(scene: Scene) -> str:

@@ -7,6 +7,8 @@ the checker. ``--weights`` measures other weights, ``--count`` fewer captions; `
 sheets. Every figure is a share of pictures unless it says dB.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
@@ -25,6 +27,7 @@ from ..cascade_ops.diffusion import Guidance, draw_noise, image_generators, samp
 from ..cascade_ops.models import LatentEncoder, Previewer, StageA, StageB, StageC
 from ..cascade_ops.models.effnet import normalize_imagenet
 from ..cascade_ops.text import TextEncoder
+from ..cascade_ops.vision import clip_pixels
 from .captions import caption_full
 from .checker import read_picture, score
 from .drawing import Scene, random_scene, render
@@ -56,11 +59,12 @@ class Family:
     stage_a: StageA
     encoder: LatentEncoder
     previewer: Previewer
+    image_encoder: torch.nn.Module
     defaults_c: dict
     defaults_b: dict
 
     @classmethod
-    def load(cls, folder: Path = WEIGHTS) -> "Family":
+    def load(cls, folder: Path = WEIGHTS) -> Family:
         """All parts from ``<part>.safetensors`` in a folder."""
 
         def part(name: str, stage: str | None = None) -> tuple[torch.nn.Module, FileInfo]:
@@ -68,9 +72,9 @@ class Family:
 
         stage_c, info_c = part("stage_c")
         stage_b, info_b = part("stage_b")
-        names = ("text_encoder", "stage_a", "latent_encoder", "previewer")
-        text, stage_a, encoder, previewer = (part(name)[0] for name in names)
-        return cls(text, stage_c, stage_b, stage_a, encoder, previewer, info_c.defaults, info_b.defaults)
+        names = ("text_encoder", "stage_a", "latent_encoder", "previewer", "image_encoder")
+        text, stage_a, encoder, previewer, image_encoder = (part(name)[0] for name in names)
+        return cls(text, stage_c, stage_b, stage_a, encoder, previewer, image_encoder, info_c.defaults, info_b.defaults)
 
     def conditions(self, prompts: Sequence[str]) -> tuple[TextCondition, TextCondition]:
         """Text of the prompts ``[B, 77, C]`` and of the empty one."""
@@ -79,11 +83,15 @@ class Family:
         texts = TextCondition(torch.cat([e.hidden for e in encoded]), torch.cat([e.pooled for e in encoded]))
         return texts, TextCondition(empty.hidden, empty.pooled)
 
-    def sample_c(self, prompts: Sequence[str], seed: int, **changes) -> Tensor:
-        """Stage C latents ``[B, 16, 6, 6]``; ``changes`` replace defaults (guidance, steps, shift, sampler)."""
+    def sample_c(self, prompts: Sequence[str], seed: int, attached: dict | None = None, **changes) -> Tensor:
+        """Stage C latents ``[B, 16, 6, 6]``; ``changes`` replace defaults (guidance, steps, shift, sampler).
+
+        attached: what `StageCDenoiser` takes beside text: ``image``, ``controls``, ``adapters``.
+        """
         cond, uncond = self.conditions(prompts)
         shape = (len(prompts), 16, STAGE_C_SIZE, STAGE_C_SIZE)
-        return run(StageCDenoiser(self.stage_c, cond, uncond), shape, seed, {**self.defaults_c, **changes})
+        denoiser = StageCDenoiser(self.stage_c, cond, uncond, **(attached or {}))
+        return run(denoiser, shape, seed, {**self.defaults_c, **changes})
 
     def sample_b(self, latent: Tensor, prompts: Sequence[str], seed: int, **changes) -> Tensor:
         """Stage B latents ``[B, 4, 64, 64]`` for Stage C latents."""
@@ -96,6 +104,12 @@ class Family:
     def decode(self, latent: Tensor) -> np.ndarray:
         """uint8 pictures ``[B, 256, 256, 3]`` of Stage B latents."""
         return as_pictures(self.stage_a.decode(latent))
+
+    @torch.inference_mode()
+    def embed(self, pictures: np.ndarray) -> Tensor:
+        """CLIP embeddings ``[B, 1, 96]`` of uint8 pictures."""
+        pixels = clip_pixels(as_images(pictures), self.image_encoder.config.image_size)
+        return self.image_encoder(pixels).image_embeds[:, None]
 
     @torch.inference_mode()
     def encode(self, pictures: np.ndarray) -> Tensor:
@@ -161,6 +175,16 @@ def reconstruct(family: Family, pictures: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def image_variations(family: Family, pictures: np.ndarray, seed: int) -> np.ndarray:
+    """One picture for each, from its CLIP embedding alone, without a prompt."""
+    parts = []
+    for start in range(0, len(pictures), BATCH):
+        part = pictures[start : start + BATCH]
+        latent = family.sample_c([""] * len(part), seed + start, {"image": family.embed(part)})
+        parts.append(family.decode(family.sample_b(latent, [""] * len(part), seed + start)))
+    return np.concatenate(parts)
+
+
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int, side: int = 128) -> Image.Image:
     """Pictures in rows, scaled to ``side`` pixels."""
     rows = -(-len(pictures) // columns)
@@ -183,12 +207,14 @@ def measure(weights: Path, count: int, samples: Path | None = None) -> dict[str,
         "two objects": text_to_image(family, two, SEED + 10_000),
         "held-out colour and shape": text_to_image(family, held_out, SEED + 20_000),
         "reconstruction": reconstruct(family, truth[: count // 2], SEED + 30_000),
+        "image variation": image_variations(family, truth[: count // 2], SEED + 40_000),
     }
     scenes = {"one object": one, "two objects": two, "held-out colour and shape": held_out}
     for name, group in scenes.items():
         results[name] = shares(group, pictures[name])
     half = truth[: count // 2]
     results["reconstruction"] = shares(one[: count // 2], pictures["reconstruction"])
+    results["image variation"] = shares(one[: count // 2], pictures["image variation"])
     results["reconstruction"]["psnr"] = psnr(pictures["reconstruction"], half)
     with torch.inference_mode():
         decoded = [
@@ -226,7 +252,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the tiny family on captions it was never trained on.")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with the parts of the family")
-    parser.add_argument("--count", type=int, default=200, help="captions of each kind; half as many reconstructions")
+    parser.add_argument("--count", type=int, default=200, help="captions of each kind; half as many pictures")
     parser.add_argument("--samples", type=Path, help="folder for contact sheets")
     parser.add_argument("--out", type=Path, help="file for the table")
     given = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
-"""The tiny Cascade family: its configurations, its folders, and how a picture becomes its inputs.
+"""The tiny Cascade family: its folder, its sizes, and how a picture becomes its inputs.
 
-Widths for text and pictures differ on purpose, so that a mix-up fails loudly. Heads are 64 wide, as in the release.
+`tiny/configs` has the networks. Widths for text and pictures differ on purpose, so that a mix-up fails loudly. Heads
+are 64 wide, as in the release.
 """
 
 from pathlib import Path
@@ -17,32 +18,6 @@ IMAGE_SIZE = 256
 ENCODE_SIZE = IMAGE_SIZE * 3 // 4
 STAGE_C_SIZE = ENCODE_SIZE // 32
 STAGE_B_SIZE = IMAGE_SIZE // 4
-
-TEXT_WIDTH = 128
-IMAGE_WIDTH = 96
-
-STAGE_A = {"levels": 2, "bottleneck_blocks": 3, "c_hidden": 64, "c_latent": 4, "codebook_size": 1024}
-LATENT_ENCODER = {"c_latent": 16, "widths": [8, 8, 16, 32, 48, 64, 128, 256], "depths": [1, 1, 1, 1, 1, 2]}
-PREVIEWER = {"c_in": 16, "c_hidden": 96}
-STAGE_C = {
-    "c_cond": 128,
-    "c_hidden": [128, 128],
-    "nhead": [2, 2],
-    "blocks": [[2, 4], [4, 2]],
-    "c_clip_text": TEXT_WIDTH,
-    "c_clip_text_pooled": TEXT_WIDTH,
-    "c_clip_img": IMAGE_WIDTH,
-    "dropout": 0.0,
-}
-STAGE_B = {
-    "c_cond": 128,
-    "c_hidden": [64, 96, 128, 128],
-    "nhead": [-1, -1, 2, 2],
-    "blocks": [[1, 1, 1, 1], [1, 1, 1, 1]],
-    "block_repeat": [[1, 1, 1, 1], [1, 1, 1, 1]],
-    "c_clip": TEXT_WIDTH,
-    "dropout": 0.0,
-}
 
 
 def as_images(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

@@ -17,18 +17,18 @@ from torch import Tensor
 from ..cascade_ops.checkpoints import load
 from ..cascade_ops.latent_preview import MAPS, PreviewMap
 from ..cascade_ops.models.effnet import normalize_imagenet
+from .dataset import training_scene
 from .drawing import render
 from .family import IMAGE_SIZE, WEIGHTS, as_images, encoder_input
-from .pool import pool_scene
 
 _SCENES = 400
-# Any but the pool's own, so that nothing was trained on these scenes.
+# Any but that of the training data, so that nothing was trained on these scenes.
 _SEED = 2
 
 
 def pictures(split: str, count: int) -> Tensor:
     """Drawn pictures ``[N, 3, 256, 256]``, 0..1."""
-    return as_images(np.stack([render(pool_scene(_SEED, split, i)[0], IMAGE_SIZE) for i in range(count)]))
+    return as_images(np.stack([render(training_scene(_SEED, i, split), IMAGE_SIZE) for i in range(count)]))
 
 
 @torch.inference_mode()

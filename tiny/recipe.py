@@ -1,28 +1,88 @@
-"""What the training commands of the tiny family share: their arguments."""
+"""What the tiny family is made from: datasets, the configurations of its parts and adapters, and their order."""
 
-import argparse
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+CONFIGS = Path(__file__).parent / "configs"
+TRAIN = ("host.cli", "train")
+
+# The finished file of each part, in the folder of a whole recipe.
+PARTS = {
+    "stage_c": "stage_c_pictures/stage_c.safetensors",
+    "stage_b": "stage_b_deeper/stage_b.safetensors",
+    "stage_a": "stage_a/stage_a.safetensors",
+    "text_encoder": "text_encoder/text_encoder.safetensors",
+    "image_encoder": "image_encoder/image_encoder.safetensors",
+    "latent_encoder": "latent_encoder_with_stage_b/latent_encoder.safetensors",
+    "previewer": "latent_encoder_with_stage_b/latent_encoder_previewer.safetensors",
+}
+ADAPTERS = {
+    "lora": "lora/lora.safetensors",
+    "controlnet_canny": "controlnet_canny/controlnet.safetensors",
+    "controlnet_inpainting": "controlnet_inpainting/controlnet.safetensors",
+    "controlnet_super_resolution": "controlnet_super_resolution/controlnet.safetensors",
+    "controlnet_identity": "controlnet_identity/controlnet.safetensors",
+    "ip_adapter": "ip_adapter/ip_adapter.safetensors",
+}
 
 
-def default_device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass(frozen=True)
+class Step:
+    """One command of the recipe: a module of this package with its arguments, and the steps that it waits for.
+
+    ``{out}`` in an argument is the folder of the recipe.
+    """
+
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
 
-def parse(description: str, steps: int, arguments: list[str] | None) -> argparse.Namespace:
-    """Read ``--out``, ``--pool``, ``--steps`` and ``--device``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and finished parts")
-    parser.add_argument("--pool", type=Path, help="folder of the rendered pictures; default: pool in --out")
-    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps of the whole run")
-    parser.add_argument("--device", default=default_device(), help="where to train; default: %(default)s")
-    given = parser.parse_args(arguments)
-    given.pool = given.pool or given.out / "pool"
-    return given
+def dataset(kind: str, count: int) -> Step:
+    return Step(("tiny.dataset", kind, "--out", f"{{out}}/data/{kind}", "--count", str(count)))
 
 
-def log(line: str) -> None:
-    """Print at once, so that a log file can be followed."""
-    print(line, flush=True)
+def trained(name: str, *needs: str) -> Step:
+    """`cascade train` with ``configs/<name>.yaml``; its paths begin at the folder of the recipe."""
+    return Step((*TRAIN, f"{{out}}/configs/{name}.yaml"), needs)
+
+
+# The longest chain (latent encoder, Stage B, both together, then Stages B and C) comes first where there is a choice.
+RECIPE = {
+    "data_scenes": dataset("scenes", 40_000),
+    "data_captions": dataset("captions", 12_000),
+    "stage_a": trained("stage_a", "data_scenes"),
+    "text_encoder": trained("text_encoder", "data_captions"),
+    "latent_encoder": trained("latent_encoder", "data_scenes"),
+    "stage_b": trained("stage_b", "stage_a", "latent_encoder", "text_encoder"),
+    "latent_encoder_with_stage_b": trained("latent_encoder_with_stage_b", "stage_b"),
+    "image_encoder": trained("image_encoder", "text_encoder", "data_scenes"),
+    "stage_b_deeper": trained("stage_b_deeper", "latent_encoder_with_stage_b"),
+    "stage_c": trained("stage_c", "latent_encoder_with_stage_b"),
+    "stage_c_pictures": trained("stage_c_pictures", "stage_c", "image_encoder"),
+    "weights": Step(
+        ("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_deeper")
+    ),
+    "data_control": dataset("control", 8_000),
+    "data_look": dataset("look", 2_000),
+    **{name: trained(name, "weights", "data_look" if name == "lora" else "data_control") for name in ADAPTERS},
+}
+
+
+def steps_for(wanted: str | None) -> list[str]:
+    """The steps that `wanted` needs, itself last, in the order of the recipe; all of them for None.
+
+    Raises:
+        ValueError: no such step.
+    """
+    if wanted is None:
+        return list(RECIPE)
+    if wanted not in RECIPE:
+        raise ValueError(f"The recipe has no part {wanted!r}, expected one of {', '.join(RECIPE)}.")
+    found, waiting = set(), [wanted]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting += [need for need in RECIPE[name].needs if need not in found]
+    return [name for name in RECIPE if name in found]

@@ -1,20 +1,23 @@
 """How well the tiny CLIP towers belong together: captions looking for their pictures."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from safetensors import safe_open
 
 from ..cascade_ops.checkpoints import load
 from ..cascade_ops.training.clip import retrieval_at_1
-from ..cascade_ops.training.loop import read_tensors
+from ..cascade_ops.vision import clip_pixels
 from .captions import caption_full
 from .drawing import Scene, random_scene, render
-from .train_clip import IMAGE_CONFIG, IMAGE_FILE, TEXT_FILE, normalise_pixels
+from .family import as_images
 
 GROUP = 256
 SEED = 5_000
+PROJECTION = "text_to_image_projection.weight"
 
 
 def distinct_scenes(count: int) -> list[Scene]:
@@ -34,13 +37,14 @@ def retrieval(folder: Path, groups: int = 4) -> float:
     Args:
         folder: holds ``text_encoder.safetensors`` and ``image_encoder.safetensors``.
     """
-    text, _ = load(folder / TEXT_FILE, expect="text_encoder", dtype=torch.float32)
-    image, _ = load(folder / IMAGE_FILE, expect="image_encoder", dtype=torch.float32)
-    projection = read_tensors(folder / IMAGE_FILE)[0]["text_to_image_projection.weight"].float()
-    side = (IMAGE_CONFIG["image_size"],) * 2
+    text, _ = load(folder / "text_encoder.safetensors", expect="text_encoder", dtype=torch.float32)
+    path = folder / "image_encoder.safetensors"
+    image, _ = load(path, expect="image_encoder", dtype=torch.float32)
+    with safe_open(str(path), "pt") as file:
+        projection = file.get_tensor(PROJECTION).float()
     texts, images = [], []
     for scene in distinct_scenes(groups * GROUP):
-        picture = Image.fromarray(render(scene)).resize(side, Image.Resampling.BICUBIC)
         texts.append(text.encode(caption_full(scene)).pooled)
-        images.append(image(normalise_pixels(np.asarray(picture)[None])).image_embeds)
+        pixels = clip_pixels(as_images(render(scene)[None]), image.config.image_size)
+        images.append(image(pixels).image_embeds)
     return retrieval_at_1(torch.cat(images), torch.cat(texts) @ projection.T, GROUP)

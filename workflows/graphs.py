@@ -31,6 +31,7 @@ _STAGE_B = Node(
 )
 _STAGE_A = Node(4, "CascadeLoadStageA", said=True, models=(("vae", "stage_a.safetensors"),))
 _PREVIEWER = Node(5, "CascadeLoadPreviewer", said=True, models=(("vae_approx", "previewer.safetensors"),))
+_LATENT_ENCODER = Node(6, "CascadeLoadLatentEncoder", said=True, models=(("vae", "effnet_encoder.safetensors"),))
 _MODELS = Column("Models", (_TEXT_ENCODER, _STAGE_C, _STAGE_B, _STAGE_A, _PREVIEWER), width=250)
 
 
@@ -64,8 +65,10 @@ def _decode(id: int, latent: int, stage_a: tuple[int, int] = (4, 0)) -> Node:
     return Node(id, "CascadeDecodeStageA", {"stage_a": stage_a, "latent": (latent, 0)})
 
 
-def _save(id: int, images: int, prefix: str = "cascade", title: str | None = None, height: int = 380) -> Node:
-    return Node(id, "SaveImage", {"images": (images, 0), "filename_prefix": prefix}, title, height=height)
+def _save(
+    id: int, images: int, prefix: str = "cascade", title: str | None = None, height: int = 380, output: int = 0
+) -> Node:
+    return Node(id, "SaveImage", {"images": (images, output), "filename_prefix": prefix}, title, height=height)
 
 
 TEXT_TO_IMAGE = Workflow(
@@ -185,4 +188,76 @@ CHANGE_THE_PROMPT = Workflow(
     ),
 )
 
-WORKFLOWS = (TEXT_TO_IMAGE, PREVIEW_FIRST, CHECKPOINT_FILES, CHANGE_THE_PROMPT)
+TRAIN_LORA = Workflow(
+    "train_lora",
+    notes.TRAIN_LORA,
+    (
+        Column("Models", (*_MODELS.nodes, _LATENT_ENCODER), width=250),
+        Column(
+            "Pictures to learn from",
+            (
+                _prompt(7, "What they show", "a large yellow circle on the left on a blue background"),
+                _prompt(8, "Negative prompt", ""),
+                _size(9, batch_size=2),
+            ),
+            "text",
+        ),
+        Column("Stage C: the pictures", (_sample_c(10, 7, 8, 9),), "stage_c"),
+        Column("Stage B and A: the pictures", (_sample_b(11, 10, 7, 8), _decode(12, 11)), "stage_b"),
+        Column(
+            "Training",
+            (
+                Node(
+                    13,
+                    "CascadeTrainLoRA",
+                    {
+                        "stage_c": (2, 0),
+                        "text_encoder": (1, 0),
+                        "latent_encoder": (6, 0),
+                        "pictures": (12, 0),
+                        "captions": "a large [thing] on the left on a blue background",
+                        "name": "thing",
+                        "steps": 60,
+                        "learning_rate": 0.001,
+                        "batch_size": 2,
+                        "token": "[thing]",
+                        "initial_words": "red circle",
+                    },
+                    height=760,
+                    said=True,
+                ),
+                _save(25, 13, "cascade_loss", "The error", output=3),
+            ),
+            "stage_c",
+            width=320,
+        ),
+        Column(
+            "Before and after: prompts",
+            (
+                _prompt(14, "Before: what [thing] began as", "a large red circle on the right on a white background"),
+                _prompt(15, "After", "a large [thing] on the right on a white background", (13, 1)),
+                _size(16),
+            ),
+            "text",
+        ),
+        Column(
+            "Stage C: before and after",
+            (_sample_c(17, 14, 8, 16, "Before"), _sample_c(18, 15, 8, 16, "After", stage_c=(13, 0))),
+            "stage_c",
+        ),
+        Column("Stage B: before and after", (_sample_b(19, 17, 14, 8), _sample_b(20, 18, 15, 8)), "stage_b"),
+        Column(
+            "Stage A: before and after",
+            (
+                _decode(21, 19),
+                _save(22, 21, "cascade_before", "Before"),
+                _decode(23, 20),
+                _save(24, 23, "cascade_after", "After"),
+            ),
+            "stage_a",
+            width=300,
+        ),
+    ),
+)
+
+WORKFLOWS = (TEXT_TO_IMAGE, PREVIEW_FIRST, CHECKPOINT_FILES, CHANGE_THE_PROMPT, TRAIN_LORA)

@@ -6,7 +6,7 @@ shapes only). For the real thing put files of
 [stabilityai/stable-cascade](https://huggingface.co/stabilityai/stable-cascade) here and press **R**:
 """
 
-FILES = f"""\
+_TABLE = f"""\
 {_AUTO}
 | file | below `models/` |
 |---|---|
@@ -15,9 +15,12 @@ FILES = f"""\
 | `stage_a` | vae |
 | `text_encoder/model.bf16` | text_encoders |
 | `previewer` | vae_approx |
-
+"""
+_OWN = """
 `0` in width, height, guidance and shift is the model's own value. Each node shows what it took after a run.
 """
+
+FILES = _TABLE + _OWN
 
 TEXT_TO_IMAGE = f"""\
 # Text to image with Stable Cascade
@@ -52,6 +55,20 @@ As *text_to_image*, with one loader for everything.
 | `stable_cascade_stage_c` (Stage C, text encoder, previewer) | checkpoints |
 | `stable_cascade_stage_b` (Stage B, Stage A) | checkpoints |
 """
+
+TRAIN_LORA = f"""\
+# Train a LoRA on your pictures
+
+Teaches Stage C a new word, `[thing]`, from two pictures, then makes a picture without and with it. Here the pictures
+are made in the graph, so that it runs anywhere. **Change first:** put your pictures into a folder below `input`, name
+it in *train LoRA* at `folder`, disconnect `pictures`, and write in `captions` what they show, with `[thing]` where
+your thing is.
+
+The LoRA is also written to `models/loras`, and the word to `models/embeddings`. The settings suit the tiny model; for
+the published ones take 500 steps or more at a `learning_rate` of 0.0001.
+
+{_TABLE}| `effnet_encoder` | vae |
+{_OWN}"""
 
 CHANGE_THE_PROMPT = f"""\
 # Change the prompt of a picture

@@ -52,7 +52,8 @@ def pictures_of(graph: dict, data: Path) -> list[Image.Image]:
         raise ValueError(f"The workflow failed: {entry['status']['messages'][-1][1]['exception_message']}")
     found = []
     for node_id in sorted(entry["outputs"], key=int):
-        for image in entry["outputs"][node_id].get("images", ()):
+        # Others are shown only, such as the picture of a loss on the node that trains.
+        for image in entry["outputs"][node_id].get("images", ()) if graph[node_id]["class_type"] == "SaveImage" else ():
             folder = host.folders.directory(image["type"]) / image["subfolder"]
             found.append(Image.open(folder / image["filename"]))
     return found
