@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from stable_cascade_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from stable_cascade_nodes.tiny.checker import read_picture
+from stable_cascade_nodes.workflows.layout import colours_of
 
 TEXT_TO_IMAGE = read_json(ROOT / "workflows/text_to_image.json")
 # A place on the canvas without a node.
@@ -264,7 +265,9 @@ def test_the_template_browser_shows_the_workflows_with_their_thumbnails(editor):
 
 @pytest.mark.parametrize("class_type", NODE_CLASS_MAPPINGS)
 def test_nodes_have_the_colours_of_the_templates(class_type, palette):
-    assert palette[class_type] == [NODE_DISPLAY_NAME_MAPPINGS[class_type], *expected_colours(class_type)]
+    colours = colours_of(NODE_CLASS_MAPPINGS[class_type])
+    assert colours is not None
+    assert palette[class_type] == [NODE_DISPLAY_NAME_MAPPINGS[class_type], *colours]
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +285,3 @@ def palette(chromium, editor_server, screenshots):
     )
     context.close()
     return found
-
-
-def expected_colours(class_type):
-    for workflow in sorted((ROOT / "workflows").glob("*.json")):
-        for node in read_json(workflow)["nodes"]:
-            if node["type"] == class_type:
-                return [node["color"], node["bgcolor"]]
-    raise AssertionError(f"no workflow has a {class_type}")

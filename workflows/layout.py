@@ -19,6 +19,11 @@ COLOURS = {
     "CASCADE_STAGE_B": ("#223", "#335"),
     "CASCADE_STAGE_A": ("#233", "#355"),
     "CASCADE_PREVIEWER": ("#432", "#653"),
+    "CASCADE_LATENT_ENCODER": ("#2a363b", "#3f5159"),
+    "CASCADE_IMAGE_ENCODER": ("#332922", "#593930"),
+    "CASCADE_IP_ADAPTER": ("#332922", "#593930"),
+    "CASCADE_CONTROLNET": ("#322", "#533"),
+    "CASCADE_CONTROL": ("#322", "#533"),
 }
 _NOTE_COLOURS = ("#222", "#000")
 _GROUP_COLOURS = {"models": "#444", "text": "#8A8", "stage_c": "#a1309b", "stage_b": "#88A", "stage_a": "#8AA"}
@@ -226,15 +231,10 @@ class Writer:
         }
         if node.title:
             entry["title"] = node.title
-        colours = self._colours(node)
+        colours = colours_of(self._registry[node.class_type])
         if colours:
             entry["color"], entry["bgcolor"] = colours
         return entry
-
-    def _colours(self, node: Node) -> tuple[str, str] | None:
-        """Of the first model among a node's outputs, else among its inputs."""
-        types = [*self._registry[node.class_type].RETURN_TYPES, *(spec.type for _, spec in self._sockets(node))]
-        return next((COLOURS[kind] for kind in types if kind in COLOURS), None)
 
     def _widget_values(self, node: Node) -> list[Any]:
         values = []
@@ -243,6 +243,13 @@ class Writer:
             if spec.options.get("control_after_generate"):
                 values.append("fixed")
         return values
+
+
+def colours_of(node_class: type) -> tuple[str, str] | None:
+    """Title and body by the first model among a node's outputs, else among its required inputs."""
+    required = node_class.INPUT_TYPES().get("required", {}).values()
+    types = [*node_class.RETURN_TYPES, *(spec[0] for spec in required if isinstance(spec[0], str))]
+    return next((COLOURS[kind] for kind in types if kind in COLOURS), None)
 
 
 def _default(spec: InputSpec) -> Any:

@@ -9,6 +9,11 @@ const COLOURS = {
   CASCADE_STAGE_B: ["#223", "#335"],
   CASCADE_STAGE_A: ["#233", "#355"],
   CASCADE_PREVIEWER: ["#432", "#653"],
+  CASCADE_LATENT_ENCODER: ["#2a363b", "#3f5159"],
+  CASCADE_IMAGE_ENCODER: ["#332922", "#593930"],
+  CASCADE_IP_ADAPTER: ["#332922", "#593930"],
+  CASCADE_CONTROLNET: ["#322", "#533"],
+  CASCADE_CONTROL: ["#322", "#533"],
 };
 
 const USED = "cascade_used";
