@@ -11,7 +11,7 @@ from test_training_stage_losses import SMALL_B, SMALL_C
 from stable_cascade_nodes.cascade_ops.checkpoints import load
 from stable_cascade_nodes.cascade_ops.training import checkpoint
 from stable_cascade_nodes.cascade_ops.training.launch import SingleProcess
-from stable_cascade_nodes.cascade_ops.training.run import train
+from stable_cascade_nodes.cascade_ops.training.run import duration, train
 from stable_cascade_nodes.cascade_ops.training.settings import (
     Data,
     Loss,
@@ -84,6 +84,16 @@ def test_a_stopped_run_leaves_a_file_and_goes_on(tmp_path, scenes):
     assert second.finished and [info.step for info in seen] == [1, 2, 3, 4, 5, 6]
     whole = train(replace(run, steps=6, output=str(tmp_path / "whole")), launch=SingleProcess("cpu"))
     assert second.losses == whole.losses
+
+
+def test_a_long_run_says_beforehand_how_long_it_will_take(tmp_path, scenes):
+    said, seen = [], []
+    run = replace(settings(scenes, tmp_path, "stage_c", SMALL_C), steps=50)
+    train(run, say=lambda line: said.append((len(seen), line)), report=seen.append, stop=lambda: True)
+    assert [(before, line.split(" of ")[0]) for before, line in said if " steps of about " in line] == [(0, "50 steps")]
+    assert [duration(s) for s in (0.2, 99, 100, 3540, 7500)] == [
+        "about 1 s", "about 99 s", "about 2 min", "about 59 min", "about 2 h 5 min",
+    ]  # fmt: skip
 
 
 def test_an_unknown_target_is_refused(tmp_path, scenes):

@@ -65,6 +65,14 @@ def test_accumulated_batches_are_one_batch(tmp_path, batch, accumulation):
     same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts"), tolerance=1e-5)
 
 
+def test_trying_how_long_a_step_takes_changes_nothing(tmp_path):
+    plain, tried = trainer(tmp_path / "plain", SumObjective(0.3)), trainer(tmp_path / "tried", SumObjective(0.3))
+    assert tried.seconds_per_step() > 0
+    plain.run()
+    tried.run()
+    same(tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "tried"))
+
+
 def test_other_seed_other_run(tmp_path):
     trainer(tmp_path / "a").run()
     trainer(tmp_path / "b", seed=4).run()

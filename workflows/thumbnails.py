@@ -30,7 +30,7 @@ def thumbnail(pictures: list[Image.Image]) -> Image.Image:
     columns = min(len(pictures), _COLUMNS)
     rows = -(-len(pictures) // columns)
     cell = SIDE // columns
-    sheet = Image.new("RGB", (SIDE, cell * rows))
+    sheet = Image.new("RGB", (SIDE, cell * rows), "white")
     for number, picture in enumerate(pictures):
         scale = cell / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))

@@ -19,6 +19,9 @@ from .samples import Sampler
 from .settings import Settings
 from .trainer import BatchSource, Trainer
 
+# A run of fewer steps is over before its length is of use.
+_WORTH_TIMING = 50
+
 
 def train(
     settings: Settings,
@@ -68,6 +71,10 @@ def train(
             f"samples.every is {settings.samples.every} and the weights are spread over {launch.processes} processes "
             "(FSDP), expected 0: sample from the finished files, or train with DDP."
         )
+    left = settings.steps - trainer.step
+    if left >= _WORTH_TIMING:
+        seconds = trainer.seconds_per_step()
+        quiet(f"{left} steps of about {seconds:.2g} s: {duration(left * seconds)}.")
     finished = trainer.run()
     files: list[Path] = []
     with trainer.average.in_place():
@@ -92,6 +99,14 @@ def with_init_found(settings: Settings, parts: Parts) -> Settings:
             f"models.init is auto for {settings.target}, expected a file to go on with, or none for a new one: name it."
         )
     return replace(settings, models=replace(settings.models, init=str(parts.path(settings.target))))
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words, in the two largest units that it has."""
+    minutes, hours = round(seconds / 60), int(seconds // 3600)
+    if seconds < 100:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {hours} h {minutes - 60 * hours} min" if hours else f"about {minutes} min"
 
 
 def is_spread(trainer: Trainer) -> bool:

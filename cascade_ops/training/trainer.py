@@ -7,6 +7,7 @@ over several processes, is the run that went through on one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -103,8 +104,19 @@ class Trainer:
         self.objective.at(self.step, settings.steps)
         # What a model draws by itself, such as dropout.
         torch.manual_seed((settings.seed * 1_000_003 + self.step) * 4_099 + self.launch.index)
+        results = self._gradients(batch, positions)
+        if settings.optimizer.grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters.values(), settings.optimizer.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.step)
+        self.step += 1
+        self._tell(results, rate)
+
+    def _gradients(self, batch: Batch, positions: list[int]) -> list[StepResult]:
+        """Add the gradients of a step's batches to the parameters."""
+        settings, results = self.settings, []
         parts = settings.optimizer.accumulation
-        results: list[StepResult] = []
         for number, (part, places) in enumerate(zip(split(batch, parts), chunks(positions, parts), strict=True)):
             part = to_device(part, self.launch.device)
             draws = Draws(settings.seed, self.step, places)
@@ -114,13 +126,29 @@ class Trainer:
                 self._check_finite(result, part)
                 self.launch.backward(result.loss / parts)
             results.append(result)
-        if settings.optimizer.grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters.values(), settings.optimizer.grad_clip)
-        self.optimizer.step()
+        return results
+
+    def seconds_per_step(self) -> float:
+        """How long a step takes here, from two that change nothing; all processes must call it."""
+        positions = self.positions()
+        batch = next(iter(self.data.batches(self.step, self.step + 1, self.global_batch, positions)))
+        own = {name: value.clone() for name, value in self.objective.state().items()}
+        buffers = {name: buffer.clone() for name, buffer in self._buffers().items()}
+        self.objective.at(self.step, self.settings.steps)
+        seconds = 0.0
+        for _ in range(2):  # the first one also sets things up
+            started = time.monotonic()
+            self._gradients(batch, positions)
+            self.launch.wait()
+            if self.launch.device.type == "cuda":
+                torch.cuda.synchronize(self.launch.device)
+            seconds = time.monotonic() - started
         self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.step)
-        self.step += 1
-        self._tell(results, rate)
+        self.objective.load_state(own)
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                buffer.copy_(buffers[name])
+        return seconds
 
     def _tell(self, results: list[StepResult], rate: float) -> None:
         """Gather what all processes saw; the objective learns from it, the log and the caller hear of it."""
