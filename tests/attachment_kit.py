@@ -24,6 +24,15 @@ IMAGE_WIDTH = 24
 SETTINGS = stages.SamplingSettings(steps=4)
 
 
+def differ(first, second):
+    assert (first - second).abs().max() > 1e-3
+
+
+def near(first, second, tolerance=1e-5):
+    """Equal but for the rounding of another order of sums, relative to the largest value."""
+    assert (first - second).abs().max() <= tolerance * second.abs().max()
+
+
 def saved_controlnet(path, kind, seed=20, scale=0.3, **changes):
     config = CONTROLNETS[kind] | {"c_proj": 64, "proj_blocks": [0, 2, 3]} | changes
     metadata = {"cascade.control": json.dumps({"kind": kind, "base": "custom"})}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attachment_kit import noise, saved_controlnet
+from attachment_kit import differ, near, noise, saved_controlnet
 from conftest import DEFAULTS_C
 
 from stable_cascade_nodes.cascade_ops import stages
@@ -21,15 +21,6 @@ SIZE = (128, 96)
 
 def canny_of(seed=0, batch=1):
     return ControlInput("canny", noise(batch, 1, 96, 96, seed=seed).round(), size=(96, 128))
-
-
-def differ(first, second):
-    assert (first - second).abs().max() > 1e-3
-
-
-def near(first, second, tolerance=1e-5):
-    """Equal but for the rounding of another order of sums, relative to the largest value."""
-    assert (first - second).abs().max() <= tolerance * second.abs().max()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attachment_kit import IMAGE_WIDTH, noise, saved_adapter
+from attachment_kit import IMAGE_WIDTH, differ, near, noise, saved_adapter
 from conftest import DEFAULTS_C
 
 from stable_cascade_nodes.cascade_ops import stages
@@ -14,15 +14,6 @@ from stable_cascade_nodes.cascade_ops.handles import load_stage
 
 def pictures(seed=0, batch=1, count=1):
     return noise(batch, count, IMAGE_WIDTH, seed=seed)
-
-
-def differ(first, second):
-    assert (first - second).abs().max() > 1e-3
-
-
-def near(first, second, tolerance=1e-5):
-    """Equal but for the rounding of another order of sums, relative to the largest value."""
-    assert (first - second).abs().max() <= tolerance * second.abs().max()
 
 
 @pytest.fixture(scope="module")

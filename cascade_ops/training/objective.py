@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,24 @@ class StepResult:
     figures: dict[str, Tensor] = field(default_factory=dict)
 
 
+class LearnsFromErrors(Protocol):
+    """Part of an objective that changes with the errors that it sees: the loss with its adaptive weight."""
+
+    def observe(self, log_snr: Tensor, error: Tensor) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
 class Objective(nn.Module):
     """Base of all kinds of training; parameters that require a gradient are trained, in float32.
 
-    needs: which entries of a batch `forward` reads.
+    needs: which entries of a batch `forward` reads. loss: what learns from errors, where there is something.
     """
 
     needs: frozenset[str] = frozenset()
+    loss: LearnsFromErrors | None = None
 
     @abstractmethod
     def forward(self, batch: Batch, draws: Draws) -> StepResult:
@@ -55,16 +66,20 @@ class Objective(nn.Module):
 
     def observe(self, log_snr: Tensor, error: Tensor) -> None:
         """Learn from the errors of all processes' samples (the adaptive loss weight does)."""
+        if self.loss is not None:
+            self.loss.observe(log_snr, error)
 
     def at(self, step: int, steps: int) -> None:
         """Called before each step: for phases of a run."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside parameters and buffers."""
-        return {}
+        return {} if self.loss is None else self.loss.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
+        if self.loss is not None:
+            self.loss.load_state(state)
 
     @abstractmethod
     def export(self, folder: Path, name: str) -> list[Path]:

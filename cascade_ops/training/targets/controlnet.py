@@ -131,15 +131,6 @@ class ControlNetObjective(Objective):
             batch.get("loss_weight"),
         )
 
-    def observe(self, log_snr: Tensor, error: Tensor) -> None:
-        self.loss.observe(log_snr, error)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.loss.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.loss.load_state(state)
-
     def export(self, folder: Path, name: str) -> list[Path]:
         control = {"kind": self.kind.name, "base": self.base}
         path = save(

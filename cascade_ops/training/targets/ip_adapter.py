@@ -99,15 +99,6 @@ class IPAdapterObjective(Objective):
     def _move(self, device: torch.device) -> None:
         self._frozen = [self.stage_c.to(device)]
 
-    def observe(self, log_snr: Tensor, error: Tensor) -> None:
-        self.loss.observe(log_snr, error)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.loss.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.loss.load_state(state)
-
     def export(self, folder: Path, name: str) -> list[Path]:
         path = folder / f"{name}.safetensors"
         return [save(self.adapter, path, stage="ip_adapter", config=self.config, name=self.name)]

@@ -47,7 +47,7 @@ class StageBObjective(Objective):
         super().__init__()
         self.module, self.settings, self.config, self.defaults = module, settings, config, defaults
         self.empty_pooled = empty_pooled.detach().float().reshape(1, 1, -1)
-        self.diffusion = DiffusionLoss(settings.loss)
+        self.loss = DiffusionLoss(settings.loss)
         # In a list: a frozen part is neither saved nor spread over devices with what is trained.
         self._encoder = [encoder]
         source = "stage_c_latent" if encoder is None else "image"
@@ -83,18 +83,9 @@ class StageBObjective(Objective):
             noise = pyramid_noise(shape, draws)
         else:
             noise = offset_noise(shape, draws, loss.offset_noise)
-        return self.diffusion(
+        return self.loss(
             lambda x, r: self.module(x, r, condition, pooled), latent, noise, draws, batch.get("loss_weight")
         )
-
-    def observe(self, log_snr: Tensor, error: Tensor) -> None:
-        self.diffusion.observe(log_snr, error)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.diffusion.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.diffusion.load_state(state)
 
     def export(self, folder: Path, name: str) -> list[Path]:
         path = folder / f"{name}.safetensors"

@@ -42,15 +42,6 @@ class StageCObjective(Objective):
             lambda x, r: self.module(x, r, *conditions), batch["stage_c_latent"], draws, batch.get("loss_weight")
         )
 
-    def observe(self, log_snr: Tensor, error: Tensor) -> None:
-        self.loss.observe(log_snr, error)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.loss.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.loss.load_state(state)
-
     def export(self, folder: Path, name: str) -> list[Path]:
         path = folder / f"{name}.safetensors"
         return [save(self.module, path, stage="stage_c", config=self.config, defaults=self.defaults, name=self.name)]

@@ -62,15 +62,6 @@ class TokensObjective(Objective):
         result.figures.update(figures)
         return result
 
-    def observe(self, log_snr: Tensor, error: Tensor) -> None:
-        self.loss.observe(log_snr, error)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.loss.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.loss.load_state(state)
-
     def sample(self, prompts: list[str], pictures: list[Tensor], seed: int, steps: int) -> Tensor:
         encoder = self.plain_encoder if self.tokens is None else self.tokens.text_encoder()
         defaults: dict[str, Any] = dict(self.handle.info.defaults)
