@@ -43,8 +43,19 @@ SCRIPT = """
         Path({folder!r}), batch_size=2, launch=launch, stop=lambda: stop and run.step == stop, **{changes}
     )
     run.run()
+
+    # What is exported has its weights in one piece, wherever they lay.
+    from stable_cascade_nodes.cascade_ops.training import checkpoint, run as whole_run
+
+    whole_run.targets.build = lambda settings, parts: training_kit.SumObjective()
+    whole = whole_run._whole(run, run.settings, None)
     if launch.index == 0:
-        print("sharded" if hasattr(next(iter(run.parameters.values())), "full_tensor") else "whole")
+        saved = checkpoint.read(run.path).weights
+        for name, value in whole.named_parameters():
+            if name in saved:
+                assert type(value.data) is torch.Tensor and torch.equal(value, saved[name]), name
+        assert torch.equal(whole.weight.losses, run.objective.weight.losses)
+        print("sharded" if whole_run.is_spread(run) else "whole")
 """
 DDP = "default_launch('float32')"
 FSDP2 = "Sharded()"
