@@ -260,6 +260,15 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert saving.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_small_encoders_stay_float32_where_the_rest_is_bfloat16():
+    parts = Parts(frozen_dtype="bfloat16")
+    found = {stage: parts.load(stage).dtype for stage in ("stage_c", "text_encoder", "latent_encoder", "stage_a")}
+    half, whole = torch.bfloat16, torch.float32
+    assert found == {"stage_c": half, "text_encoder": half, "latent_encoder": whole, "stage_a": whole}
+    assert parts.load("stage_c") is parts.load("stage_c")
+    assert parts.load("stage_c", trained=True).dtype == whole
+
+
 def test_a_network_of_a_published_size_can_be_asked_for():
     from stable_cascade_nodes.cascade_ops.checkpoints.loading import ParametersWithoutMemory
     from stable_cascade_nodes.cascade_ops.training.networks import sized_network

@@ -195,14 +195,12 @@ class _EmptyParts(Parts):
             info = inspect_file(self.path(stage)).component(stage)
         else:
             info = _published_info(stage, self._published.get(stage))
-        module: Any = empty_network(stage, info.config).to(torch.float32 if trained else self._dtype())
+        dtype = torch.float32 if trained else getattr(torch, self.dtype_of(stage))
+        module: Any = empty_network(stage, info.config).to(dtype)
         module = module.eval().requires_grad_(False)
         if stage == "text_encoder":
             module = TextEncoder(module)
         return StageHandle(stage, module, replace(info, recipes={}), info.path.name)
-
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.frozen_dtype == "bfloat16" else torch.float32
 
 
 def _blocks(objective: Objective) -> list[nn.Module]:

@@ -12,12 +12,15 @@ from ..handles import StageHandle, load_stage
 from ..pipeline import model_files
 from .settings import Models
 
+# Small, and everything that is learned goes by what they say: the rounding of bfloat16 would be in every latent.
+_ALWAYS_FLOAT32 = ("latent_encoder", "stage_a", "previewer", "image_encoder")
+
 
 class Parts:
     """Loads the files that `Models` names; `given` are handles that are there already, by stage.
 
-    frozen_dtype: of the weights that only run, ``float32`` or ``bfloat16``. Weights to be trained are loaded as
-    float32 whatever the file holds.
+    frozen_dtype: of Stages C and B and the text encoder where they only run, ``float32`` or ``bfloat16``. The small
+    encoders are float32, and so are weights to be trained, whatever the file holds.
     """
 
     def __init__(
@@ -28,14 +31,16 @@ class Parts:
     ):
         self.models = models or Models()
         self.frozen_dtype = frozen_dtype
-        self._handles: dict[tuple[str, str], StageHandle] = {
-            (stage, frozen_dtype): handle for stage, handle in (given or {}).items()
-        }
-        self._given = set(given or {})
+        self._handles = dict(given or {})
+        self._given = set(self._handles)
 
     def path(self, stage: str) -> Path:
         """The file of a stage: the one that the settings name, or what ``auto`` finds."""
         return Path(self._file(stage).path)
+
+    def dtype_of(self, stage: str) -> str:
+        """What a stage that only runs is loaded as: ``float32`` or ``bfloat16``."""
+        return "float32" if stage in _ALWAYS_FLOAT32 else self.frozen_dtype
 
     def load(self, stage: str, *, trained: bool = False) -> StageHandle:
         """The stage on the CPU, in evaluation mode, the same handle at every call.
@@ -46,13 +51,12 @@ class Parts:
             ValueError: no such file, or one that holds something else; see `handles.load_stage`.
         """
         if trained and stage in self._given:
-            return _own_copy(self._handles[stage, self.frozen_dtype])
+            return _own_copy(self._handles[stage])
         if trained:
             return self._load(stage, "float32")
-        key = (stage, self.frozen_dtype)
-        if key not in self._handles:
-            self._handles[key] = self._load(stage, self.frozen_dtype)
-        return self._handles[key]
+        if stage not in self._handles:
+            self._handles[stage] = self._load(stage, self.dtype_of(stage))
+        return self._handles[stage]
 
     def _load(self, stage: str, dtype: str) -> StageHandle:
         file = self._file(stage)
