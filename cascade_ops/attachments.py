@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .control import CONTROL_KINDS
+from .families import families_clash
 from .models.layers import ResBlock
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def apply_control(
             f"{network.title} {reads}expected {c_in} channels: connect the control of its kind, or load the ControlNet "
             f"for {control.kind}."
         )
-    if {network.family, control.family} == {"tiny", "release"}:
+    if families_clash(network.family, control.family):
         raise ValueError(
             f"{network.title} and the latent encoder that made the control belong to different families, expected one "
             "for both: choose files of one family in all loaders."

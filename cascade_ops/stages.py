@@ -19,6 +19,7 @@ from torch import Tensor
 from .attached import stepped_adapters, stepped_controls
 from .denoisers import StageBDenoiser, StageCDenoiser, TextCondition
 from .diffusion import Denoiser, Guidance, StepInfo, draw_noise, noised_start, sample, step_times
+from .families import families_clash
 from .handles import StageHandle
 from .prompt_chunks import FindEmbedding
 from .sizes import stage_b_size, stage_c_size
@@ -235,11 +236,6 @@ def to_picture(image: Tensor) -> Image.Image:
     from PIL import Image
 
     return Image.fromarray(image.float().clamp(0, 1).mul(255).round().byte().cpu().numpy())
-
-
-def families_clash(first: str, second: str) -> bool:
-    """Whether one is the bundled tiny family and the other a published release, whose latents mean other things."""
-    return {first, second} == {"tiny", "release"}
 
 
 def check_family(handle: StageHandle, latent: Latent) -> None:

@@ -308,7 +308,7 @@ class CascadeSampleStageB:
 
 def _fitting(shower: StageHandle | None, handle: StageHandle) -> tuple[StageHandle | None, list[str]]:
     """The model to make previews with if it fits the sampled one, and a note where it does not."""
-    from ..cascade_ops.stages import families_clash
+    from ..cascade_ops.families import families_clash
 
     if shower is None or not families_clash(shower.family, handle.family):
         return shower, []

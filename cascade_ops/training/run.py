@@ -51,11 +51,11 @@ def train(
     objective = targets.build(settings, parts)
     if data is None:
         # The first process fills the cache that the others then read.
+        if launch.index != 0:
+            launch.wait()
+        data = TrainingData.open(settings, objective.needs, parts, quiet, launch.device)
         if launch.index == 0:
-            data = TrainingData.open(settings, objective.needs, parts, quiet, launch.device)
-        launch.wait()
-        if data is None:
-            data = TrainingData.open(settings, objective.needs, parts, quiet, launch.device)
+            launch.wait()
     sampler = Sampler(settings, parts, Path(settings.output))
 
     def after(step: TrainingStep) -> None:

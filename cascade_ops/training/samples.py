@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import stages
-from ..denoisers import TextCondition
 from ..wires import Latent
 from .objective import Objective
 from .parts import Parts
 from .settings import Settings
+from .stage_c_samples import evaluating
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,13 +71,13 @@ class Sampler:
         text_encoder = self.parts.load("text_encoder")
         # Copies on the training's device, which go when they have been used.
         stage_b, stage_a = (self.parts.load(stage).to(device) for stage in ("stage_b", "stage_a"))
-        negative = _pooled(stages.encode_text(text_encoder, ""))
+        negative = stages.encode_text(text_encoder, "")
         pictures = []
         for index, prompt in enumerate(self.settings.prompts):
             latent = stages.sample_stage_b(
                 stage_b,
                 Latent(samples[index : index + 1]),
-                _pooled(stages.encode_text(text_encoder, prompt)),
+                stages.encode_text(text_encoder, prompt),
                 negative,
                 seed=self.settings.seed + index,
                 settings=stages.SamplingSettings(steps=_STAGE_B_STEPS),
@@ -89,15 +89,9 @@ class Sampler:
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside the block; all modes and random numbers are as before after it."""
-    modes = [(part, part.training) for part in module.modules()]
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.no_grad():
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes:
-                part.training = training
+    with torch.random.fork_rng(devices), torch.no_grad(), evaluating(module):
+        yield
 
 
 def write_png(path: Path, picture: Image, texts: dict[str, str]) -> None:
@@ -130,7 +124,3 @@ def _read(path: Path) -> Tensor:
             f"`samples.pictures` names {path.name}, which cannot be read as a picture ({error}): choose another file."
         ) from error
     return torch.from_numpy(values).permute(2, 0, 1).contiguous()
-
-
-def _pooled(text: TextCondition) -> TextCondition:
-    return TextCondition(text.hidden, text.pooled)

@@ -283,10 +283,13 @@ def _parse_yaml(text: str) -> Any:
                 raise ValueError(f"'{twice}' is given twice, the second time near line {node.end_mark.line}")
             return super().construct_mapping(node, deep)
 
+    loader = Loader(text)
     try:
-        return yaml.load(text, Loader)
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    finally:
+        loader.dispose()
 
 
 def _change(document: dict[str, Any], change: str) -> None:
