@@ -1,7 +1,6 @@
 """Stable Cascade as ComfyUI nodes."""
 
 from .nodes import bridge, runtime
-from .nodes.adapters import CascadeApplyIPAdapter, CascadeLoadIPAdapter, CascadeLoadLoRA
 from .nodes.control import (
     CascadeApplyControlNet,
     CascadeCannyControl,
@@ -9,6 +8,8 @@ from .nodes.control import (
     CascadeLoadControlNet,
     CascadeSuperResolutionControl,
 )
+from .nodes.examples import CascadeExampleImage
+from .nodes.ip_adapter import CascadeApplyIPAdapter, CascadeLoadIPAdapter
 from .nodes.latents import CascadeDecodeStageA, CascadeEmptyLatent, CascadePreviewLatent
 from .nodes.loaders import (
     CascadeLoadCheckpoint,
@@ -20,6 +21,7 @@ from .nodes.loaders import (
     CascadeLoadStageC,
     CascadeLoadTextEncoder,
 )
+from .nodes.lora import CascadeLoadLoRA
 from .nodes.sampling import CascadeSampleStageB, CascadeSampleStageC
 from .nodes.text import CascadeEncodeText
 from .nodes.training import CascadeTrainControlNet, CascadeTrainIPAdapter, CascadeTrainLoRA
@@ -51,6 +53,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "CascadeTrainLoRA": CascadeTrainLoRA,
     "CascadeTrainControlNet": CascadeTrainControlNet,
     "CascadeTrainIPAdapter": CascadeTrainIPAdapter,
+    "CascadeExampleImage": CascadeExampleImage,
 }
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeLoadStageC": "Cascade: load Stage C",
@@ -78,6 +81,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeTrainLoRA": "Cascade: train LoRA",
     "CascadeTrainControlNet": "Cascade: train ControlNet",
     "CascadeTrainIPAdapter": "Cascade: train IP-Adapter",
+    "CascadeExampleImage": "Cascade: example image",
 }
 if runtime.in_comfyui():
     NODE_CLASS_MAPPINGS |= bridge.NODE_CLASS_MAPPINGS

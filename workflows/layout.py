@@ -63,13 +63,29 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Shot:
+    """A picture for the page of a task: what node `node` saves or shows when the graph runs with `changes`.
+
+    caption: below the picture. changes: node id -> inputs that differ from the workflow's.
+    """
+
+    caption: str
+    node: int
+    changes: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Workflow:
-    """A graph as columns from left to right, with a note (Markdown) at its left."""
+    """A graph as columns from left to right, with a note (Markdown) at its left.
+
+    shots: before and after, for the page that explains the task (`pictures.py` makes them).
+    """
 
     name: str
     note: str
     columns: tuple[Column, ...]
     note_size: tuple[int, int] = (280, 560)
+    shots: tuple[Shot, ...] = ()
 
     def nodes(self) -> list[Node]:
         return sorted((node for column in self.columns for node in column.nodes), key=lambda node: node.id)

@@ -1,4 +1,4 @@
-"""Writes the example workflows, in both forms, out of their descriptions in `graphs.py`.
+"""Writes the example workflows, in both forms, out of their descriptions in `graphs`.
 
 python -m stable_cascade_nodes.workflows.write
 """
