@@ -8,7 +8,11 @@ from .nodes.control import (
     CascadeLoadControlNet,
     CascadeSuperResolutionControl,
 )
+from .nodes.encoding import CascadeEncodeStageA, CascadeEncodeStageC
 from .nodes.examples import CascadeExampleImage
+from .nodes.explore import CascadeSelectLatents
+from .nodes.faces import CascadeDetectFaces, CascadeFaceIdentityControl, CascadeLoadFaces
+from .nodes.image_prompt import CascadeImagePrompt
 from .nodes.ip_adapter import CascadeApplyIPAdapter, CascadeLoadIPAdapter
 from .nodes.latents import CascadeDecodeStageA, CascadeEmptyLatent, CascadePreviewLatent
 from .nodes.loaders import (
@@ -22,7 +26,9 @@ from .nodes.loaders import (
     CascadeLoadTextEncoder,
 )
 from .nodes.lora import CascadeLoadLoRA
+from .nodes.masks import CascadeFeatherMask, CascadePadForOutpainting
 from .nodes.sampling import CascadeSampleStageB, CascadeSampleStageC
+from .nodes.sizes import CascadeProposeSize
 from .nodes.text import CascadeEncodeText
 from .nodes.training import CascadeTrainControlNet, CascadeTrainIPAdapter, CascadeTrainLoRA
 
@@ -54,6 +60,16 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "CascadeTrainControlNet": CascadeTrainControlNet,
     "CascadeTrainIPAdapter": CascadeTrainIPAdapter,
     "CascadeExampleImage": CascadeExampleImage,
+    "CascadeSelectLatents": CascadeSelectLatents,
+    "CascadeEncodeStageC": CascadeEncodeStageC,
+    "CascadeEncodeStageA": CascadeEncodeStageA,
+    "CascadeFeatherMask": CascadeFeatherMask,
+    "CascadePadForOutpainting": CascadePadForOutpainting,
+    "CascadeImagePrompt": CascadeImagePrompt,
+    "CascadeProposeSize": CascadeProposeSize,
+    "CascadeLoadFaces": CascadeLoadFaces,
+    "CascadeDetectFaces": CascadeDetectFaces,
+    "CascadeFaceIdentityControl": CascadeFaceIdentityControl,
 }
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeLoadStageC": "Cascade: load Stage C",
@@ -82,6 +98,16 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeTrainControlNet": "Cascade: train ControlNet",
     "CascadeTrainIPAdapter": "Cascade: train IP-Adapter",
     "CascadeExampleImage": "Cascade: example image",
+    "CascadeSelectLatents": "Cascade: select latents",
+    "CascadeEncodeStageC": "Cascade: encode Stage C",
+    "CascadeEncodeStageA": "Cascade: encode Stage A",
+    "CascadeFeatherMask": "Cascade: feather mask",
+    "CascadePadForOutpainting": "Cascade: pad for outpainting",
+    "CascadeImagePrompt": "Cascade: image prompt",
+    "CascadeProposeSize": "Cascade: propose size",
+    "CascadeLoadFaces": "Cascade: load faces",
+    "CascadeDetectFaces": "Cascade: detect faces",
+    "CascadeFaceIdentityControl": "Cascade: face identity control",
 }
 if runtime.in_comfyui():
     NODE_CLASS_MAPPINGS |= bridge.NODE_CLASS_MAPPINGS

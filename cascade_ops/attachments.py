@@ -15,12 +15,15 @@ from torch import Tensor
 
 from .control import CONTROL_KINDS
 from .families import families_clash
-from .models.layers import ResBlock
+from .models.layers import AttnBlock, ResBlock
 
 if TYPE_CHECKING:
     from .control_inputs import ControlInput
     from .handles import StageHandle
     from .models import StageC
+
+# What can become of several pictures, and how it is said.
+COMBINE = {"concatenate": "read together", "average": "averaged", "one each": "for one each"}
 
 # Times come from a float32 linspace; a bound typed as 0.3 must still include the step at 0.29999998.
 _TIME_TOLERANCE = 1e-6
@@ -60,6 +63,8 @@ class AppliedIPAdapter:
 
     adapter: its handle. embeddings: CLIP image embeddings ``[n, k, E]`` of k pictures that are read together; n = 1 for
     all pictures to make or one for each of the batch. weight: of what is read. start, end: as in `AppliedControl`.
+    mask: where it acts, ``[n, H, W]``, 0..1, of the picture's shape; None is everywhere. groups: multiply the weight in
+    each group of attention blocks (see `attention_groups`); none are 1 everywhere.
     """
 
     adapter: StageHandle
@@ -67,17 +72,24 @@ class AppliedIPAdapter:
     weight: float = 1.0
     start: float = 1.0
     end: float = 0.0
+    mask: Tensor | None = None
+    groups: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check_part("IP-Adapter", self.weight, self.start, self.end)
+        for weight in self.groups:
+            _check_part("IP-Adapter", weight, self.start, self.end)
 
     def steps(self, times: Sequence[float]) -> tuple[bool, ...]:
         """Whether it acts in the step that begins at each of these times."""
-        return _steps(self.weight, self.start, self.end, times)
+        return _steps(self.weight if any(self.groups or (1,)) else 0, self.start, self.end, times)
 
     def describe(self) -> str:
-        """In words: ``IP-Adapter tiny (bundled) at 0.8 from 1 to 0.5``."""
-        return _described(self.adapter, self.weight, self.start, self.end)
+        """In words: ``IP-Adapter tiny (bundled) at 0.8 from 1 to 0.5, block groups 1 0 0 1, 25% of the picture``."""
+        said = _described(self.adapter, self.weight, self.start, self.end)
+        if any(weight != 1 for weight in self.groups):
+            said += f", block groups {' '.join(f'{weight:g}' for weight in self.groups)}"
+        return said if self.mask is None else f"{said}, {self.mask.mean().item():.0%} of the picture"
 
 
 def _check_part(what: str, strength: float, start: float, end: float) -> None:
@@ -141,11 +153,16 @@ def apply_ip_adapter(
     weight: float = 1.0,
     start: float = 1.0,
     end: float = 0.0,
+    mask: Tensor | None = None,
+    groups: Sequence[float] = (),
 ) -> StageHandle:
     """Stage C that reads pictures through an IP-Adapter too; embeddings ``[n, k, E]``, see `AppliedIPAdapter`.
 
+    mask: a `MASK` ``[n, H, W]``, 1 where it acts; values outside of 0..1 are clamped.
+
     Raises:
-        ValueError: the adapter was made for another Stage C or another image encoder.
+        ValueError: the adapter was made for another Stage C or another image encoder; the mask is none; or there are
+            not as many weights as this Stage C has groups of attention blocks.
     """
     check_ip_adapter(stage_c, adapter)
     width = adapter.module.c_image
@@ -154,8 +171,37 @@ def apply_ip_adapter(
             f"The picture was encoded to the shape {list(embeddings.shape)} and {adapter.title} reads "
             f"[n, pictures, {width}]: use the image encoder that it was trained with."
         )
-    applied = AppliedIPAdapter(adapter, embeddings, weight, start, end)
+    if mask is not None:
+        mask = _checked_mask(mask)
+    count = len(attention_groups(stage_c.module))
+    if groups and len(groups) != count:
+        raise ValueError(
+            f"{len(groups)} weights of block groups were given and the attention blocks of {stage_c.title} form "
+            f"{count} groups, expected one weight for each: leave all of them at 1, or use a Stage C of two levels."
+        )
+    applied = AppliedIPAdapter(adapter, embeddings, weight, start, end, mask, tuple(map(float, groups)))
     return replace(stage_c, ip_adapters=(*stage_c.ip_adapters, applied))
+
+
+def combined(embeddings: Tensor, how: str) -> Tensor:
+    """Embeddings ``[n, 1, E]`` of n pictures as an `AppliedIPAdapter` takes them.
+
+    how: ``concatenate`` reads all of them for every picture to make (``[1, n, E]``), ``average`` the mean embedding
+    (``[1, 1, E]``), ``one each`` picture i for image i of the batch (``[n, 1, E]``).
+    """
+    if how not in COMBINE:
+        raise ValueError(f"Pictures are to be combined by '{how}', expected one of {', '.join(COMBINE)}: choose one.")
+    if how == "one each":
+        return embeddings
+    together = embeddings.reshape(1, -1, embeddings.shape[-1])
+    return together.mean(dim=1, keepdim=True) if how == "average" else together
+
+
+def _checked_mask(mask: Tensor) -> Tensor:
+    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or not mask.numel():
+        raise ValueError(f"The mask of the IP-Adapter is {shape}, expected [batch, height, width]: connect a mask.")
+    return mask.detach().float().cpu().clamp(0, 1).reshape(-1, *mask.shape[-2:])
 
 
 def check_control(stage_c: StageHandle, network: StageHandle) -> None:
@@ -194,6 +240,15 @@ def residual_widths(model: StageC) -> list[int]:
         once = [block.depthwise.out_channels for block in blocks if isinstance(block, ResBlock)]
         widths += once * (1 + len(mappers))
     return widths
+
+
+def attention_groups(model: StageC) -> list[int]:
+    """How many attention blocks each level of a Stage C has, in the order in which the levels run.
+
+    The release has two levels and so four groups: outer and inner on the way down, inner and outer on the way up.
+    """
+    levels = (*model.down_blocks, *model.up_blocks)
+    return [sum(isinstance(block, AttnBlock) for block in level) for level in levels]
 
 
 def control_channels(network: StageHandle) -> int:

@@ -42,14 +42,16 @@ class SteppedControl(NamedTuple):
 class SteppedAdapter(NamedTuple):
     """What an IP-Adapter lets a run of Stage C read: embeddings ``[n, k, E]`` of k pictures; zeros in the other half.
 
-    The embeddings are on the device where the adapter computes. weight: of what is read. acts: for each step of the run
-    whether it is; None is every step.
+    The embeddings are on the device where the adapter computes. weight: of what is read, for all attention blocks or
+    one for each. acts: for each step of the run whether it is; None is every step. mask: where, ``[n, H, W]`` of any
+    size, the same for both halves; None is everywhere.
     """
 
     adapter: IPAdapter
     embeddings: Tensor
-    weight: float = 1.0
+    weight: float | Sequence[float] = 1.0
     acts: Sequence[bool] | None = None
+    mask: Tensor | None = None
 
 
 def _acting(steppeds: Sequence[SteppedControl | SteppedAdapter], index: int) -> tuple[int, ...]:
@@ -221,7 +223,12 @@ class StageCDenoiser:
     ) -> DecoupledAttention:
         pictures = _for_batch("picture of the IP-Adapter", each.embeddings, batch, 3, each.embeddings.device)
         # What the adapter learned to read as "no picture" is an embedding of zeros.
-        attention = each.adapter.attention(torch.cat([pictures * half for half in seen]), each.weight)
+        mask = each.mask
+        if mask is not None:
+            mask = _for_batch("mask of the IP-Adapter", mask, batch, 3, device, keep=True)
+            # One for all pictures serves both halves as it is.
+            mask = mask if len(mask) == 1 else mask.repeat(len(seen), 1, 1)
+        attention = each.adapter.attention(torch.cat([pictures * half for half in seen]), each.weight, mask)
         read = (kv if kv is None else kv.to(device, self.model.dtype) for kv in attention.key_values)
         return replace(attention, key_values=tuple(read))
 

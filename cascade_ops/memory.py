@@ -14,12 +14,15 @@ from .denoisers import TextCondition
 from .handles import StageHandle
 from .models.layers import AttnBlock
 from .sizes import ENCODER_COMPRESSION
+from .tiles import decoding_reach, largest_tile
 
 # Tensors of the network's width at the latent's resolution. Counted: 12.7 for Stage C, 13.2 for Stage B.
 _SAMPLING_TENSORS = 16
 # Counted: 22.0 of Stage A's greatest width for each cell of its latent, 32.1 of the previewer's.
 _DECODING_TENSORS = 26
 _PREVIEW_TENSORS = 36
+# Channels for each token of what windows are cut from and put into; counted: 48.
+_WINDOWED_CHANNELS = 64
 # Counted: 6.5 of an EfficientNet's first layer, 2.0 of the widest layer of the ControlNets that read maps.
 _PICTURE_TENSORS = 7
 _MAP_TENSORS = 2
@@ -32,20 +35,37 @@ def condition_tokens(handle: StageHandle, prompts: Sequence[TextCondition], pict
     return max(text + count * handle.module.c_clip_seq for text, count in zip(texts, embeddings, strict=True))
 
 
-def sampling_bytes(handle: StageHandle, shape: Sequence[int], tokens: int, guided: bool = True) -> int:
-    """Bytes to sample latents of `shape` ``[B, C, h, w]`` with `tokens` condition tokens with Stage B or Stage C."""
+def sampling_bytes(
+    handle: StageHandle,
+    shape: Sequence[int],
+    tokens: int,
+    guided: bool = True,
+    largest: tuple[int, int] | None = None,
+) -> int:
+    """Bytes to sample latents of `shape` ``[B, C, h, w]`` with `tokens` condition tokens with Stage B or Stage C.
+
+    largest: rows and columns of tokens of the largest window that Stage B predicts; None is the whole latent.
+    """
     model = handle.module
     batch = shape[0] * (2 if guided else 1)
-    rows, columns = model.token_size(*shape[2:])
+    whole = model.token_size(*shape[2:])
+    rows, columns = largest or whole
     activations = _SAMPLING_TENSORS * rows * columns * model.c_hidden[0]
     key_values = sum(2 * block.kv_mapper[1].out_features * tokens for block in model.blocks_of(AttnBlock))
-    return batch * (activations + key_values) * handle.dtype.itemsize
+    total = batch * (activations + key_values) * handle.dtype.itemsize
+    if (rows, columns) != whole:
+        # What windows are cut from: the Stage C latent on all tokens and a few latents, in float32.
+        total += batch * whole[0] * whole[1] * _WINDOWED_CHANNELS * 4
+    return total
 
 
-def decoding_bytes(handle: StageHandle, shape: Sequence[int]) -> int:
-    """Bytes to decode one latent of `shape` ``[B, C, h, w]`` with Stage A."""
-    widest = handle.expect("stage_a").module.up_blocks[0][0].out_channels
-    return _DECODING_TENSORS * shape[2] * shape[3] * widest * handle.dtype.itemsize
+def decoding_bytes(handle: StageHandle, shape: Sequence[int], tile: int = 0) -> int:
+    """Bytes to decode one latent of `shape` ``[B, C, h, w]`` with Stage A in tiles of `tile` pixels; 0 is none."""
+    model = handle.expect("stage_a").module
+    widest = model.up_blocks[0][0].out_channels
+    size = (shape[2], shape[3])
+    rows, columns = largest_tile(size, tile, decoding_reach(model))
+    return _DECODING_TENSORS * rows * columns * widest * handle.dtype.itemsize
 
 
 def preview_bytes(handle: StageHandle, shape: Sequence[int]) -> int:

@@ -22,6 +22,9 @@ MODEL_FOLDERS = (
     "embeddings",
 )
 
+# Folders that ComfyUI has no name for by itself, with the endings of what lies there. Packs that find faces share this.
+OTHER_FOLDERS = {"insightface": (".onnx",)}
+
 # Names that ComfyUI used before, still found in many installations.
 FORMER_NAMES = {"diffusion_models": ("unet",), "text_encoders": ("clip",)}
 
@@ -36,8 +39,13 @@ def roots_from_environment() -> list[Path]:
 
 def list_models(roots: Iterable[Path], folder: str) -> list[str]:
     """Names of the model files of one kind under all `roots`, sorted, each once."""
+    return list_files(_bases(roots, folder), OTHER_FOLDERS.get(folder, MODEL_SUFFIXES))
+
+
+def list_files(bases: Iterable[Path], suffixes: tuple[str, ...]) -> list[str]:
+    """Names of the files with such endings in these folders and below, sorted, each once."""
     names: set[str] = set()
-    for base in _bases(roots, folder):
+    for base in bases:
         for directory, subdirectories, files in os.walk(base, followlinks=True):
             # A link that points upwards must not make the walk endless.
             real = os.path.realpath(directory)
@@ -50,7 +58,7 @@ def list_models(roots: Iterable[Path], folder: str) -> list[str]:
             names.update(
                 Path(directory, name).relative_to(base).as_posix()
                 for name in files
-                if name.lower().endswith(MODEL_SUFFIXES)
+                if name.lower().endswith(suffixes)
                 and not name.startswith(".")
                 # Leaves out links whose file is gone, which would make `auto` fail.
                 and os.path.isfile(os.path.join(directory, name))
@@ -60,21 +68,28 @@ def list_models(roots: Iterable[Path], folder: str) -> list[str]:
 
 def find_model(roots: Iterable[Path], folder: str, name: str) -> str:
     """Full path of the model file `name` of one kind; ValueError where there is none."""
-    roots = list(roots)
+    return find_file(_bases(roots, folder), folder, name)
+
+
+def find_file(bases: Iterable[Path], folder: str, name: str) -> str:
+    """Full path of the file `name` in the first of these folders that has it; ValueError where none does."""
+    bases = list(bases)
     relative = Path(name.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts:
         raise ValueError(f"{folder}: {name!r} is not a file name inside the model folder; name a file below {folder}/")
-    for base in _bases(roots, folder):
+    for base in bases:
         candidate = base / relative
         if candidate.is_file():
             return str(candidate)
-    places = ", ".join(str(Path(root, folder)) for root in roots)
+    former = FORMER_NAMES.get(folder, ())
+    places = ", ".join(str(base) for base in bases if base.name not in former)
     raise ValueError(f"{folder}: no file named {name!r} was found; put it in {places} or choose another file")
 
 
 def _bases(roots: Iterable[Path], folder: str) -> list[Path]:
-    if folder not in MODEL_FOLDERS:
-        raise ValueError(f"{folder!r} is not a model folder; expected one of {', '.join(MODEL_FOLDERS)}")
+    known = (*MODEL_FOLDERS, *OTHER_FOLDERS)
+    if folder not in known:
+        raise ValueError(f"{folder!r} is not a model folder; expected one of {', '.join(known)}")
     return [Path(root, name) for root in roots for name in (folder, *FORMER_NAMES.get(folder, ()))]
 
 

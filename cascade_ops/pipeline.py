@@ -5,13 +5,18 @@
     pipeline = CascadePipeline.load()
     pipeline.generate("a large red circle on a blue background", seed=7)[0].save("circle.png")
 
+Pictures speak beside the words, or instead of them:
+
+    pipeline = CascadePipeline.load(image_encoder=True)
+    pipeline.generate("a small star on the left", images=[ImagePrompt.read("photo.jpg", weight=0.5)])
+
 The same files, prompt, seed and settings give the same picture as the graph, to the last bit.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,25 +28,28 @@ from .catalog import AUTO, BUNDLED, STAGE_FOLDERS, FilesOf, ModelFile, best, bun
 from .checkpoints.errors import STAGE_TITLES
 from .diffusion import StepInfo
 from .handles import StageHandle, load_stage
+from .image_prompts import ImagePrompt, embed_prompts
 from .model_folders import find_model, list_models, roots_from_environment
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
+_OPTIONAL = "image_encoder"
 
 PipelineCallback = Callable[[str, StepInfo], None]
 
 
 @dataclass(frozen=True)
 class CascadePipeline:
-    """Four loaded stages; `load` makes one, `generate` makes pictures."""
+    """Four loaded stages, and an image encoder where it was asked for; `load` makes one, `generate` makes pictures."""
 
     text_encoder: StageHandle
     stage_c: StageHandle
     stage_b: StageHandle
     stage_a: StageHandle
     find_embedding: Callable[[str], str | None] | None = None
+    image_encoder: StageHandle | None = None
 
     @classmethod
     def load(
@@ -49,6 +57,7 @@ class CascadePipeline:
         source: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] = AUTO,
         device: torch.device | str | None = None,
         dtype: str | None = None,
+        image_encoder: bool = False,
     ) -> CascadePipeline:
         """Load all stages; their weights stay on the device.
 
@@ -57,15 +66,18 @@ class CascadePipeline:
             in it; or a mapping from ``stage_c``, ``stage_b``, ``stage_a`` and ``text_encoder`` to files, where a stage
             that is left out is found as by ``auto``. A stage without a file is the bundled tiny one.
         device: None is CUDA where there is one, else the CPU. dtype: see `handles.choose_dtype`; None is ``auto``.
+        image_encoder: load that too, for `generate(images=...)`; so does a mapping that names it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = source if isinstance(source, Mapping) else {}
-        unknown = sorted(set(chosen) - set(_STAGES))
+        unknown = sorted(set(chosen) - {*_STAGES, _OPTIONAL})
         if unknown:
-            raise ValueError(f"The source names {unknown[0]!r}, expected stages out of {', '.join(_STAGES)}.")
+            raise ValueError(
+                f"The source names {unknown[0]!r}, expected stages out of {', '.join((*_STAGES, _OPTIONAL))}."
+            )
         files_of = model_files(AUTO if isinstance(source, Mapping) else source)
         handles = {}
-        for stage in _STAGES:
+        for stage in (*_STAGES, _OPTIONAL) if image_encoder or _OPTIONAL in chosen else _STAGES:
             if stage in chosen:
                 file = ModelFile(Path(chosen[stage]).name, os.fspath(chosen[stage]))
             else:
@@ -95,13 +107,22 @@ class CascadePipeline:
         settings_c: stages.SamplingSettings | None = None,
         settings_b: stages.SamplingSettings | None = None,
         callback: PipelineCallback | None = None,
+        images: Sequence[ImagePrompt] = (),
     ) -> list[Image.Image]:
         """Make `batch_size` pictures of a prompt; picture i has the seed ``seed + i``.
 
         width, height: pixels, any size; 0 is Stage C's own. guidance: 0 is the model's own, 1 is off. settings_c,
         settings_b: everything else about sampling; steps and guidance in them are replaced by the arguments.
         callback: called with the stage's name and a `StepInfo` after every step; an exception it raises ends the run.
+        images: pictures that Stage C reads beside the prompt, all of them for every picture that is made.
+
+        Raises ValueError for `images` in a pipeline that was loaded without the image encoder.
         """
+        if images and self.image_encoder is None:
+            raise ValueError(
+                f"{len(images)} image prompts were given to a pipeline that has no image encoder to read them: load "
+                "it with CascadePipeline.load(image_encoder=True)."
+            )
 
         def report(stage: str) -> Callable[[StepInfo], None] | None:
             return None if callback is None else lambda info: callback(stage, info)
@@ -116,6 +137,7 @@ class CascadePipeline:
             stages.empty_latent(self.stage_c, width, height, batch_size),
             seed=seed,
             settings=replace(settings_c or default, steps=steps_c, guidance=guidance_c),
+            pictures=embed_prompts(self.image_encoder, images) if self.image_encoder is not None else None,
             callback=report("stage_c"),
         )
         latent = stages.sample_stage_b(

@@ -22,8 +22,10 @@ from .diffusion import Denoiser, Guidance, StepInfo, draw_noise, noised_start, s
 from .families import families_clash
 from .handles import StageHandle
 from .prompt_chunks import FindEmbedding
-from .sizes import stage_b_size, stage_c_size
+from .sizes import known_cells, stage_b_size, stage_c_size
 from .threads import threads_for
+from .tiles import tile_count, tiled_decode
+from .windows import WindowedStageB, Windows, windows_of
 from .wires import Latent
 
 if TYPE_CHECKING:
@@ -43,6 +45,10 @@ class SamplingSettings:
     `diffusion.SAMPLERS`. start, end: the part of the schedule to run; a start below 1 begins from the latent that is
     given. guidance_end: guidance at t = 0, with a straight line from `guidance` at t = 1; 0 keeps it constant.
     guidance_from, guidance_until: guidance acts between these times. rescale, rescale_over: see `Guidance`.
+    start_noise: for a start below 1, noise to the level that the model is told (``matched``) or, as the release's
+    notebook does, to that of the schedule without its shift (``reference``).
+    window, window_overlap: Stage B alone: pixels a side of the windows that it predicts in and that these share, see
+    `windows.windows_of`; 0 is the whole picture at once, and a quarter of the window.
     """
 
     steps: int = 20
@@ -56,6 +62,9 @@ class SamplingSettings:
     guidance_until: float = 0.0
     rescale: float = 0.7
     rescale_over: Literal["image", "batch"] = "image"
+    start_noise: Literal["matched", "reference"] = "matched"
+    window: int = 0
+    window_overlap: int = 0
 
     def for_model(self, handle: StageHandle) -> SamplingSettings:
         """These settings with the model's own guidance and shift in place of 0."""
@@ -91,13 +100,24 @@ def own_size(handle: StageHandle, width: int = 0, height: int = 0) -> tuple[int,
     return width or own["width"], height or own["height"]
 
 
-def empty_latent(handle: StageHandle, width: int = 0, height: int = 0, batch_size: int = 1) -> Latent:
-    """The latent that a picture starts from: zeros ``[B, 16, h, w]`` for any width and height in pixels."""
+def empty_latent(
+    handle: StageHandle, width: int = 0, height: int = 0, batch_size: int = 1, compression: float = 0.0
+) -> Latent:
+    """The latent that a picture starts from: zeros ``[B, 16, h, w]`` for any width and height in pixels.
+
+    compression: pixels per cell, 0 for the published 42.67; see `sizes.proposed_compression` for large pictures.
+    """
     width, height = own_size(handle, width, height)
     if batch_size < 1:
         raise ValueError(f"The batch size is {batch_size}, expected at least 1: ask for 1 picture or more.")
-    samples = torch.zeros(batch_size, latent_channels(handle), *stage_c_size(height, width))
-    return Latent(samples, width, height, family=handle.family)
+    samples = torch.zeros(batch_size, latent_channels(handle), *stage_c_size(height, width, compression))
+    return Latent(samples, width, height, family=handle.family, compression=compression)
+
+
+def trained_cells(handle: StageHandle) -> tuple[int, int]:
+    """Least and most cells on the longer side of the latents that a Stage C knows: 24 to 60 for the release."""
+    own = handle.expect("stage_c").info.defaults
+    return known_cells(own["height"], own["width"])
 
 
 def latent_channels(handle: StageHandle) -> int:
@@ -130,6 +150,11 @@ def sample_stage_c(
     ControlNets and IP-Adapters that the handle carries steer the run; see `attachments`.
     """
     model = handle.expect("stage_c").module
+    if settings.window or settings.window_overlap:
+        raise ValueError(
+            f"A window of {settings.window} pixels was asked for {handle.title}, expected none: set it to 0, only "
+            "Stage B is sampled in windows."
+        )
     _check_channels(handle, latent)
     check_family(handle, latent)
     widths = model.clip_txt_mapper.in_features, model.clip_txt_pooled_mapper.in_features
@@ -143,7 +168,7 @@ def sample_stage_c(
         _check_width(handle, name, image, width)
     times = step_times(settings.steps, settings.start, settings.end)[:-1].tolist()
     controls = stepped_controls(handle, latent.samples, latent.stage_c_pixels(), times)
-    adapters = stepped_adapters(handle, len(latent.samples), times)
+    adapters = stepped_adapters(handle, latent.samples, latent.stage_c_pixels(), times)
     denoiser = StageCDenoiser(model, positive, negative, *images, controls=controls, adapters=adapters)
     samples = _sample(handle, denoiser, latent, seed, settings, callback)
     return replace(latent, samples=samples, family=handle.family)
@@ -159,12 +184,13 @@ def sample_stage_b(
     settings: SamplingSettings,
     start_latent: Latent | None = None,
     callback: Callback | None = None,
+    before_window: Callable[[], None] | None = None,
 ) -> Latent:
     """From the Stage C latent to Stage A's 4-channel latent, at the pixel size that travels with it.
 
     positive, negative: only their pooled text is read; negative is needed unless guidance is 1.
     start_latent: a Stage B latent to begin from, for a start below 1 or with a mask. Image i of the batch has the seed
-    ``seed + i``.
+    ``seed + i``. before_window: called before every window of every step, where `settings` ask for windows.
     """
     model = handle.expect("stage_b").module
     _check_prior(handle, latent)
@@ -187,28 +213,41 @@ def sample_stage_b(
             "start_latent, or set start to 1."
         )
     pooled = None if negative is None else negative.pooled
+    if stage_b_windows(handle, latent, settings).count > 1:
+        model = WindowedStageB(model, settings.window, settings.window_overlap, before_window)
     denoiser = StageBDenoiser(model, latent.samples, positive.pooled, pooled)
     samples = _sample(handle, denoiser, target, seed, settings, callback)
     return replace(target, samples=samples, mask=None, family=handle.family)
 
 
-@torch.no_grad()
-def decode_stage_a(handle: StageHandle, latent: Latent, callback: Callable[[int], None] | None = None) -> Tensor:
+def stage_b_windows(handle: StageHandle, latent: Latent, settings: SamplingSettings) -> Windows:
+    """The windows in which Stage B samples for this Stage C latent: a single one where the whole picture fits."""
+    return windows_of(handle.module, stage_b_size(*latent.stage_c_pixels()), settings.window, settings.window_overlap)
+
+
+def decode_stage_a(
+    handle: StageHandle, latent: Latent, callback: Callable[[int], None] | None = None, tile: int = 0
+) -> Tensor:
     """Decode Stage B latents to pictures ``[B, H, W, 3]``, float32 0..1, of exactly the pixel size asked for.
 
-    Image by image, which needs less memory; `callback` gets the number of pictures that are done.
+    Image by image, and in tiles of `tile` pixels where that is not 0, which needs less memory and gives the same.
+    callback: gets the number of tiles (without them: of pictures) that are done, of `tiles.tile_count` for each image.
     """
     model = handle.expect("stage_a").module
     _check_channels(handle, latent)
     check_family(handle, latent)
     height, width = latent.stage_b_pixels()
-    pictures = []
+    pictures: list[Tensor] = []
+    each = tile_count(latent.samples.shape[2:], tile)
+
+    def report(done: int) -> None:
+        if callback is not None:
+            callback(len(pictures) * each + done)
+
     for samples in latent.samples.split(1):
         with threads_for(handle):
-            picture = model.decode(samples.to(handle.device))
+            picture = tiled_decode(model, samples, tile, report)
         pictures.append(_as_pictures(picture[..., :height, :width]))
-        if callback is not None:
-            callback(len(pictures))
     return torch.cat(pictures)
 
 
@@ -261,8 +300,9 @@ def _sample(
     generators = latent.generators(seed)
     start = latent.samples.to(handle.device)
     x = draw_noise(generators, start.shape, handle.device)
+    matched = _start_is_matched(settings)
     if settings.start < 1:
-        x = noised_start(start, x, settings.start, settings.shift)
+        x = noised_start(start, x, settings.start, settings.shift, matched)
     with threads_for(handle):
         result = sample(
             denoiser,
@@ -279,6 +319,18 @@ def _sample(
             callback=callback,
         )
     return result.latent.cpu()
+
+
+def _start_is_matched(settings: SamplingSettings) -> bool:
+    """Whether the noise of a start below 1 fits the shift; ValueError for an unknown name or one without effect."""
+    if settings.start_noise not in ("matched", "reference"):
+        raise ValueError(f"There is no start_noise '{settings.start_noise}': choose matched or reference.")
+    if settings.start_noise == "reference" and settings.start == 1:
+        raise ValueError(
+            "start_noise is 'reference' and has no effect when start is 1, where a run begins from noise alone: lower "
+            "start, or set start_noise to 'matched'."
+        )
+    return settings.start_noise == "matched"
 
 
 def _from_start(handle: StageHandle, target: Latent, start: Latent, settings: SamplingSettings) -> Latent:

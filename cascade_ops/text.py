@@ -93,14 +93,16 @@ class TextEncoder:
         """The same tokens with another text model; see the constructor."""
         return TextEncoder(module, self.tokenizer, runs_on, self.learned)
 
-    def with_tokens(self, vectors: Mapping[str, torch.Tensor]) -> TextEncoder:
-        """The encoder with learned tokens: a word's text -> the vectors [n, C] that stand for it, of n positions.
+    def with_tokens(self, vectors: Mapping[str | int, torch.Tensor]) -> TextEncoder:
+        """The encoder with learned tokens: a word's text, or its id, -> the vectors [n, C] that stand for it, of n
+        positions.
 
         A word in brackets such as `[name]` is new, or learned already and learned anew; another one must be one token
         of the vocabulary. Raises ValueError for one that is not, and for vectors of another width.
         """
         known = {token.lower() for token in self.tokenizer.added_tokens}
-        new = [token for token in vectors if is_new_token(token) and token.lower() not in known]
+        words = [token for token in vectors if isinstance(token, str)]
+        new = [token for token in words if is_new_token(token) and token.lower() not in known]
         tokenizer = self.tokenizer.with_tokens(new) if new else self.tokenizer
         learned = dict(self.learned)
         for token, rows in vectors.items():
@@ -109,7 +111,7 @@ class TextEncoder:
                     f"The learned token {token!r} has vectors of shape {list(rows.shape)}; this text encoder takes "
                     f"vectors of width {self.width}: use a token that was learned with it."
                 )
-            learned[token_id(token, tokenizer)] = rows
+            learned[token_id(token, tokenizer) if isinstance(token, str) else token] = rows
         return TextEncoder(self.module, tokenizer, self._runs_on, learned)
 
     def encode(self, prompt: str, find_embedding: FindEmbedding | None = None) -> TextEmbedding:

@@ -65,6 +65,17 @@ class ClipTokenizer:
         word = piece.removesuffix("</w>")
         return word if self.encode(word) == [token] else ""
 
+    def matching(self, pattern: str) -> list[int]:
+        """The tokens of the vocabulary that a regular expression is found in, as they are stored: a whole word or the
+        end of one has ``</w>`` behind it. ValueError for what is no regular expression."""
+        try:
+            found = re.compile(pattern).search
+        except re.error as error:
+            raise ValueError(
+                f"{pattern!r} is no regular expression ({error}): write words, or correct it, as in ^dog</w>."
+            ) from error
+        return [number for piece, number in _read_vocabulary()[0].items() if found(piece)]
+
     def with_tokens(self, tokens: Iterable[str]) -> ClipTokenizer:
         """A tokenizer that also knows `tokens`, whose ids follow those of this one."""
         return ClipTokenizer((*self.added_tokens, *tokens))

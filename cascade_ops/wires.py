@@ -4,7 +4,8 @@ ComfyUI's `LATENT` is `{"samples": [B, C, h, w], ...}` and its `CONDITIONING` is
 Values on a wire are those of ComfyUI's own nodes, so that either side reads the other's: a Stage C latent as the model
 gives it, a Stage B latent times Stage A's published scale (see `WIRE_SCALE`).
 
-A latent made here also says for which picture it is (`width`, `height` in pixels) and which family of weights made it
+A latent made here also says for which picture it is (`width`, `height` in pixels), how many of its pixels make a cell
+of Stage C where that is not the published number (`cascade_compression`), and which family of weights made it
 (`cascade_family`). Other nodes may drop these keys or leave them behind on a latent that they resized: they are used
 only where they still fit the samples.
 """
@@ -57,6 +58,7 @@ class Latent:
     width, height: pixels of the picture that was asked for, None if not known.
     mask: ``[n, 1, H, W]`` of any size, 1 where to sample. batch_index: which image of its seed's batch each one is;
     None counts from 0. family: ``tiny``, ``release`` or an empty string for weights that are neither.
+    compression: pixels of the picture per cell of the Stage C latent, 0 for the published 42.67.
     """
 
     samples: Tensor
@@ -65,11 +67,12 @@ class Latent:
     mask: Tensor | None = None
     batch_index: tuple[int, ...] | None = None
     family: str = ""
+    compression: float = 0.0
 
     def stage_c_pixels(self) -> tuple[int, int]:
         """Pixels ``(height, width)`` to make of this Stage C latent."""
         size = tuple(self.samples.shape[-2:])
-        if self.width and self.height and stage_c_size(self.height, self.width) == size:
+        if self.width and self.height and stage_c_size(self.height, self.width, self.compression) == size:
             return self.height, self.width
         return picture_size(*size)
 
@@ -101,6 +104,7 @@ class Latent:
             "noise_mask": self.mask,
             "batch_index": None if self.batch_index is None else list(self.batch_index),
             "cascade_family": self.family or None,
+            "cascade_compression": self.compression or None,
         }
         return wire | {key: value for key, value in optional.items() if value is not None}
 
@@ -122,6 +126,7 @@ def read_latent(wire: Mapping[str, Any], stage: str = "stage_c") -> Latent:
         wire.get("noise_mask"),
         None if index is None else tuple(int(number) for number in index),
         wire.get("cascade_family", ""),
+        wire.get("cascade_compression", 0.0),
     )
 
 

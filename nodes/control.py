@@ -22,8 +22,8 @@ class CascadeLoadControlNet(_LoadStage):
     STAGE = "controlnet"
     CATEGORY = LOADERS
     DESCRIPTION = (
-        "Loads a ControlNet, which makes Stage C follow a picture: its edges, what surrounds a hole in it, or a "
-        "smaller version of it. What it follows is recognised from the file."
+        "Loads a ControlNet, which makes Stage C follow a picture: its edges, what surrounds a hole in it, a smaller "
+        "version of it, or the faces in it. What it follows is recognised from the file."
     )
     RETURN_TYPES = ("CASCADE_CONTROLNET",)
     RETURN_NAMES = ("controlnet",)
@@ -85,7 +85,7 @@ class CascadeCannyControl:
 
         control = canny_input(image, low, high, side)
         share = control.samples.mean().item()
-        return _made(control, control.picture(), f"{share:.1%} of the pixels are edges")
+        return made(control, control.picture(), f"{share:.1%} of the pixels are edges")
 
 
 class CascadeInpaintControl:
@@ -122,21 +122,24 @@ class CascadeInpaintControl:
 
         control = inpainting_input(image, mask)
         share = control.samples[:, 3].mean().item()
-        return _made(control, control.picture(), f"{share:.1%} of the picture is to be made anew")
+        return made(control, control.picture(), f"{share:.1%} of the picture is to be made anew")
 
 
 class CascadeSuperResolutionControl:
     DESCRIPTION = (
         "Encodes a small picture, for a super-resolution ControlNet: the new picture is the same, larger and with more "
-        "detail."
+        "detail. Sample Stage C with guidance 1, as the release does."
     )
     CATEGORY = CATEGORY
     FUNCTION = "make"
-    RETURN_TYPES = ("CASCADE_CONTROL", "IMAGE")
-    RETURN_NAMES = ("control", "image")
+    RETURN_TYPES = ("CASCADE_CONTROL", "IMAGE", "INT", "INT")
+    RETURN_NAMES = ("control", "image", "width", "height")
     OUTPUT_TOOLTIPS = (
         "The small picture, encoded, for 'Cascade: apply ControlNet' with a super-resolution ControlNet.",
-        "The small picture as it was encoded: its sides are rounded up to multiples of 32.",
+        "The small picture as it was encoded, its sides rounded up to multiples of 32. With a previewer, what the "
+        "encoding has kept of it, which is all that the ControlNet knows.",
+        "Width of the large picture, twice the small one's, for 'Cascade: empty latent'.",
+        "Height of the large picture, twice the small one's, for 'Cascade: empty latent'.",
     )
 
     @classmethod
@@ -151,18 +154,27 @@ class CascadeSuperResolutionControl:
                     "IMAGE",
                     {"tooltip": "The small picture. The release takes 1024 x 1024 and makes 2048 x 2048 of it."},
                 ),
-            }
+            },
+            "optional": {
+                "previewer": (
+                    "CASCADE_PREVIEWER",
+                    {"tooltip": "Shows what the encoding has kept of the picture, from 'Cascade: load previewer'."},
+                ),
+            },
         }
 
-    def make(self, latent_encoder: StageHandle, image: Tensor) -> dict[str, Any]:
-        from ..cascade_ops.control_inputs import super_resolution_input
+    def make(self, latent_encoder: StageHandle, image: Tensor, previewer: StageHandle | None = None) -> dict[str, Any]:
+        from ..cascade_ops.control_inputs import shown_by_previewer, super_resolution_input
         from ..cascade_ops.memory import encoding_bytes
 
         runtime.check_interrupted()
-        (latent_encoder,) = runtime.placed([latent_encoder], encoding_bytes(latent_encoder, image.shape[1:3]))
+        needed = [latent_encoder] if previewer is None else [latent_encoder, previewer]
+        latent_encoder, *shower = runtime.placed(needed, encoding_bytes(latent_encoder, image.shape[1:3]))
         control, shown = super_resolution_input(latent_encoder, image)
         height, width = image.shape[1:3]
-        return _made(control, shown, f"twice as large is {2 * width} x {2 * height}")
+        if shower:
+            shown = shown_by_previewer(control, shower[0])
+        return made(control, shown, f"twice as large is {2 * width} x {2 * height}", 2 * width, 2 * height)
 
 
 class CascadeApplyControlNet:
@@ -186,8 +198,8 @@ class CascadeApplyControlNet:
                     "CASCADE_CONTROL",
                     {
                         "tooltip": "What to follow, of the ControlNet's kind: from 'Cascade: canny control', 'Cascade: "
-                        "inpaint control' or 'Cascade: super-resolution control'. Of one picture, or of one for each "
-                        "that is made, in the shape of the picture to make."
+                        "inpaint control', 'Cascade: super-resolution control' or 'Cascade: face identity control'. Of "
+                        "one picture, or of one for each that is made, in the shape of the picture to make."
                     },
                 ),
                 "strength": strength("How closely the control is followed. 1 is what it learned, 0 is off."),
@@ -234,7 +246,8 @@ def times(what: str) -> dict[str, tuple]:
     }
 
 
-def _made(control: ControlInput, picture: Tensor, remark: str) -> dict[str, Any]:
+def made(control: ControlInput, picture: Tensor, remark: str, *more: Any) -> dict[str, Any]:
+    """What a node says and gives that made a control, with a picture of it to look at and `more` outputs."""
     height, width = control.size or control.samples.shape[-2:]
     said = f"control for {control.kind} of a picture of {width} x {height}: {remark}"
-    return {"ui": {"text": [said]}, "result": (control, picture)}
+    return {"ui": {"text": [said]}, "result": (control, picture, *more)}

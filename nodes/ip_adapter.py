@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 CATEGORY = "cascade/adapters"
 
+GROUPS = {
+    "down_outer": "the first of the four groups of attention blocks, which decides the background in the tiny model. "
+    "0 leaves it to the prompt.",
+    "down_inner": "the second group: with the third, the colour of the object in the tiny model. 0 leaves it to the "
+    "prompt.",
+    "up_inner": "the third group: with the second, the colour of the object in the tiny model. 0 leaves it to the "
+    "prompt.",
+    "up_outer": "the last group, which does little by itself in the tiny model. 0 leaves it to the prompt.",
+}
+
 
 class CascadeLoadIPAdapter(_LoadStage):
     STAGE = "ip_adapter"
@@ -45,6 +55,8 @@ class CascadeApplyIPAdapter:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..cascade_ops.attachments import COMBINE
+
         return {
             "required": {
                 "stage_c": ("CASCADE_STAGE_C", {"tooltip": "The model, from 'Cascade: load Stage C'."}),
@@ -56,13 +68,32 @@ class CascadeApplyIPAdapter:
                 "image": (
                     "IMAGE",
                     {
-                        "tooltip": "The picture to read; of a wide or tall one, the square in the middle. Several in a "
-                        "batch are read together for every picture that is made."
+                        "tooltip": "The picture to read; of a wide or tall one, the square in the middle. Of several "
+                        "in a batch, combine says what becomes of them."
                     },
                 ),
                 "weight": strength("How much of the picture is taken over. 1 is what the adapter learned, 0 is off."),
                 **times("The picture is"),
-            }
+            },
+            "optional": {
+                "mask": (
+                    "MASK",
+                    {
+                        "tooltip": "Takes the picture over where the mask is white, by half where it is grey, and not "
+                        "where it is black. In the shape of the picture to make; one for all or one for each."
+                    },
+                ),
+                "combine": (
+                    list(COMBINE),
+                    {
+                        "default": "concatenate",
+                        "tooltip": "What becomes of several pictures. concatenate: all are read side by side. average: "
+                        "a mixture of them is read. one each: the first is for the first picture that is made, the "
+                        "second for the second and so on.",
+                    },
+                ),
+                **{name: strength(f"Multiplies weight in {where}") for name, where in GROUPS.items()},
+            },
         }
 
     def apply(
@@ -74,8 +105,14 @@ class CascadeApplyIPAdapter:
         weight: float,
         start: float,
         end: float,
+        mask: Tensor | None = None,
+        combine: str = "concatenate",
+        down_outer: float = 1.0,
+        down_inner: float = 1.0,
+        up_inner: float = 1.0,
+        up_outer: float = 1.0,
     ) -> dict[str, Any]:
-        from ..cascade_ops.attachments import apply_ip_adapter, check_ip_adapter
+        from ..cascade_ops.attachments import COMBINE, apply_ip_adapter, check_ip_adapter, combined
         from ..cascade_ops.control_inputs import as_channels_first
         from ..cascade_ops.vision import encode_pictures
 
@@ -84,10 +121,19 @@ class CascadeApplyIPAdapter:
         runtime.check_interrupted()
         (image_encoder,) = runtime.placed([image_encoder])
         embeddings = encode_pictures(image_encoder, pictures).cpu()
-        together = embeddings.reshape(1, -1, embeddings.shape[-1])
-        applied = apply_ip_adapter(stage_c, ip_adapter, together, weight, start, end)
+        groups = (down_outer, down_inner, up_inner, up_outer)
+        applied = apply_ip_adapter(
+            stage_c,
+            ip_adapter,
+            combined(embeddings, combine),
+            weight,
+            start,
+            end,
+            mask,
+            # A Stage C of other levels has other groups, and these say nothing where all of them are 1.
+            () if set(groups) == {1.0} else groups,
+        )
         said = applied.ip_adapters[-1].describe()
-        return {
-            "ui": {"text": [f"{said}, {len(pictures)} pictures" if len(pictures) > 1 else said]},
-            "result": (applied,),
-        }
+        if len(pictures) > 1:
+            said += f", {len(pictures)} pictures {COMBINE[combine]}"
+        return {"ui": {"text": [said]}, "result": (applied,)}

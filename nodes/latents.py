@@ -28,6 +28,22 @@ def _pixels(side: str) -> tuple:
     )
 
 
+def tile_input(does: str) -> tuple:
+    """The input of a node that runs Stage A in tiles."""
+    return (
+        "INT",
+        {
+            "default": 0,
+            "min": 0,
+            "max": 16384,
+            "step": 64,
+            "tooltip": f"For pictures that do not fit into memory: {does} tiles of so many pixels a side, one after "
+            "the other. The result is the same, without seams. 0 is the whole picture at once; 512 suits most "
+            "graphics cards.",
+        },
+    )
+
+
 class CascadeEmptyLatent:
     DESCRIPTION = "Says how large the picture will be and how many to make: an empty latent for Stage C."
     CATEGORY = CATEGORY
@@ -50,16 +66,40 @@ class CascadeEmptyLatent:
                     "INT",
                     {"default": 1, "min": 1, "max": 4096, "tooltip": "How many pictures to make at once."},
                 ),
-            }
+            },
+            "optional": {
+                "compression": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 4096.0,
+                        "step": 0.01,
+                        "round": 0.01,
+                        "tooltip": "How many pixels one cell of Stage C's latent stands for. Higher keeps large "
+                        "pictures in one piece instead of repeating objects; 'Cascade: propose size' knows how high. 0 "
+                        "is the published 42.67; otherwise at least 4.",
+                    },
+                ),
+            },
         }
 
-    def make(self, stage_c: StageHandle, width: int, height: int, batch_size: int) -> dict[str, Any]:
-        from ..cascade_ops import stages
+    def make(
+        self, stage_c: StageHandle, width: int, height: int, batch_size: int, compression: float = 0.0
+    ) -> dict[str, Any]:
+        from ..cascade_ops import sizes, stages
 
-        latent = stages.empty_latent(stage_c, width, height, batch_size)
+        latent = stages.empty_latent(stage_c, width, height, batch_size, compression)
         rows, columns = latent.samples.shape[-2:]
-        said = f"{latent.width} x {latent.height} pixels, Stage C latent {columns} x {rows}, batch of {batch_size}"
-        return {"ui": {"text": [said]}, "result": (latent.to_wire(),)}
+        said = [f"{latent.width} x {latent.height} pixels, Stage C latent {columns} x {rows}, batch of {batch_size}"]
+        cells = stages.trained_cells(stage_c)
+        if max(rows, columns) > cells[1]:
+            proposed = sizes.proposed_compression(latent.height, latent.width, cells)
+            said.append(
+                f"more than the {cells[1]} cells that {stage_c.title} was trained on, so objects may repeat: "
+                f"compression {proposed:g} avoids that"
+            )
+        return {"ui": {"text": said}, "result": (latent.to_wire(),)}
 
 
 class CascadeDecodeStageA:
@@ -76,16 +116,18 @@ class CascadeDecodeStageA:
             "required": {
                 "stage_a": ("CASCADE_STAGE_A", {"tooltip": "The model, from 'Cascade: load Stage A'."}),
                 "latent": ("LATENT", {"tooltip": "Stage B latent, from 'Cascade: sample Stage B'."}),
-            }
+            },
+            "optional": {"tile": tile_input("decodes")},
         }
 
-    def decode(self, stage_a: StageHandle, latent: dict) -> tuple[Tensor]:
-        from ..cascade_ops import memory, stages, wires
+    def decode(self, stage_a: StageHandle, latent: dict, tile: int = 0) -> tuple[Tensor]:
+        from ..cascade_ops import memory, stages, tiles, wires
 
         runtime.check_interrupted()
         read = wires.read_latent(latent, "stage_b")
-        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, read.samples.shape))
-        return (stages.decode_stage_a(stage_a, read, runtime.progress(len(read.samples)).update),)
+        count = len(read.samples) * tiles.tile_count(read.samples.shape[2:], tile)
+        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, read.samples.shape, tile))
+        return (stages.decode_stage_a(stage_a, read, runtime.progress(count).update, tile),)
 
 
 class CascadePreviewLatent:
@@ -104,12 +146,23 @@ class CascadePreviewLatent:
             "required": {
                 "previewer": ("CASCADE_PREVIEWER", {"tooltip": "The model, from 'Cascade: load previewer'."}),
                 "latent": ("LATENT", {"tooltip": "Stage C latent, from 'Cascade: sample Stage C'."}),
-            }
+            },
+            "optional": {
+                "numbered": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Writes its number into the corner of each picture, counted from 0, to choose some "
+                        "with 'Cascade: select latents'.",
+                    },
+                )
+            },
         }
 
-    def preview(self, previewer: StageHandle, latent: dict) -> tuple[Tensor]:
-        from ..cascade_ops import memory, stages, wires
+    def preview(self, previewer: StageHandle, latent: dict, numbered: bool = False) -> tuple[Tensor]:
+        from ..cascade_ops import memory, numbering, stages, wires
 
         read = wires.read_latent(latent)
         (previewer,) = runtime.placed([previewer], memory.preview_bytes(previewer, read.samples.shape))
-        return (stages.preview_latent(previewer, read),)
+        pictures = stages.preview_latent(previewer, read)
+        return (numbering.numbered(pictures) if numbered else pictures,)

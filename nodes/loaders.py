@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..cascade_ops.catalog import ModelFile, fingerprint
+from ..cascade_ops.catalog import BUNDLED, ModelFile, bundled, fingerprint, part_of
 from . import files, runtime
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class CascadeLoadImageEncoder(_LoadStage):
     DESCRIPTION = "Loads the image encoder (CLIP vision), which turns a picture into what Stage C and IP-Adapters read."
     RETURN_TYPES = ("CASCADE_IMAGE_ENCODER",)
     RETURN_NAMES = ("image_encoder",)
-    OUTPUT_TOOLTIPS = ("The image encoder, for 'Cascade: apply IP-Adapter'.",)
+    OUTPUT_TOOLTIPS = ("The image encoder, for 'Cascade: image prompt' and 'Cascade: apply IP-Adapter'.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -167,14 +168,28 @@ class CascadeLoadCheckpoint:
         "CASCADE_STAGE_B",
         "CASCADE_STAGE_A",
         "CASCADE_PREVIEWER",
+        "CASCADE_IMAGE_ENCODER",
+        "CASCADE_LATENT_ENCODER",
     )
-    RETURN_NAMES = ("stage_c", "text_encoder", "stage_b", "stage_a", "previewer")
+    RETURN_NAMES = (
+        "stage_c",
+        "text_encoder",
+        "stage_b",
+        "stage_a",
+        "previewer",
+        "image_encoder",
+        "latent_encoder",
+    )
     OUTPUT_TOOLTIPS = (
         "Stage C, for 'Cascade: empty latent' and 'Cascade: sample Stage C'.",
         "The text encoder, for 'Cascade: encode text'.",
         "Stage B, for 'Cascade: sample Stage B'.",
         "Stage A, for 'Cascade: decode Stage A'.",
         "The previewer, for 'Cascade: sample Stage C' (live) and 'Cascade: preview latent'.",
+        "The image encoder, for 'Cascade: image prompt' and 'Cascade: apply IP-Adapter'. It is read when it is used; "
+        "from a file that has none it is an error then.",
+        "The latent encoder, for nodes that start from a picture. It is read when it is used; from a file that has "
+        "none it is an error then.",
     )
 
     @classmethod
@@ -187,8 +202,8 @@ class CascadeLoadCheckpoint:
                     names,
                     {
                         "default": "auto",
-                        "tooltip": "Combined file with Stage C, text encoder and previewer, in models/checkpoints. "
-                        + found,
+                        "tooltip": "Combined file with Stage C, text encoder and previewer, and usually image encoder "
+                        "and latent encoder, in models/checkpoints. " + found,
                     },
                 ),
                 "stage_b_file": (
@@ -202,20 +217,49 @@ class CascadeLoadCheckpoint:
             "optional": {"dtype": _DTYPE},
         }
 
-    @staticmethod
-    def _find(stage_c_file: str, stage_b_file: str) -> dict[str, ModelFile]:
-        return files.find_in_checkpoint("stage_c", ("text_encoder", "previewer"), stage_c_file) | (
-            files.find_in_checkpoint("stage_b", ("stage_a",), stage_b_file)
-        )
+    # Not every such file holds them, and not everybody needs them: most of a gigabyte in the published one.
+    ON_DEMAND = ("image_encoder", "latent_encoder")
+
+    @classmethod
+    def _find(cls, stage_c_file: str, stage_b_file: str) -> dict[str, ModelFile]:
+        found = files.find_in_checkpoint("stage_c", ("text_encoder", "previewer"), stage_c_file)
+        whole = found["stage_c"]
+        more = {stage: bundled(stage) if whole.name == BUNDLED else whole for stage in cls.ON_DEMAND}
+        return found | files.find_in_checkpoint("stage_b", ("stage_a",), stage_b_file) | more
 
     def load(self, stage_c_file: str, stage_b_file: str, dtype: str = "auto") -> dict[str, Any]:
+        from ..cascade_ops.on_demand import StageOnDemand
+
         found = self._find(stage_c_file, stage_b_file)
         order = ("stage_c", "text_encoder", "stage_b", "stage_a", "previewer")
         # Stage A and the previewer are small and have no dtype of their own to choose.
         small = ("stage_a", "previewer")
         handles = [_load(found[stage], stage, "auto" if stage in small else dtype) for stage in order]
-        return {"ui": _said(handles), "result": tuple(handles)}
+        later = [StageOnDemand(stage, partial(_load_part, found[stage], stage)) for stage in self.ON_DEMAND]
+        said = _said(handles)
+        said["text"] += _said_of_parts({stage: found[stage] for stage in self.ON_DEMAND})
+        return {"ui": said, "result": (*handles, *later)}
 
     @classmethod
     def IS_CHANGED(cls, stage_c_file: str, stage_b_file: str, **settings: object) -> str:
         return "; ".join(fingerprint(file.path) for file in cls._find(stage_c_file, stage_b_file).values())
+
+
+def _load_part(file: ModelFile, stage: str) -> StageHandle:
+    """A part of the combined file, asked for by the node that uses it; ValueError where the file has none."""
+    if file.name != BUNDLED and part_of(file.path, stage) is None:
+        what = stage.replace("_", " ")
+        raise ValueError(
+            f"{file.name} holds no {what}, expected one for the output {stage} of 'Cascade: load checkpoint': connect "
+            f"'Cascade: load {what}' in its place."
+        )
+    return _load(files.find(stage, BUNDLED) if file.name == BUNDLED else file, stage)
+
+
+def _said_of_parts(parts: dict[str, ModelFile]) -> list[str]:
+    """Which parts there are to be read when they are used, and which the file lacks."""
+    found = {stage: part_of(file.path, stage) for stage, file in parts.items()}
+    there = ", ".join(part.title for part in found.values() if part is not None)
+    missing = ", ".join(stage.replace("_", " ") for stage, part in found.items() if part is None)
+    said = {"when used": there, "not in these files": missing}
+    return [f"{when}: {names}" for when, names in said.items() if names]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..cascade_ops.model_folders import FORMER_NAMES
+from ..cascade_ops.model_folders import FORMER_NAMES, OTHER_FOLDERS, find_file, list_files
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +68,13 @@ class ComfyUIBackend:
         _management().throw_exception_if_processing_interrupted()
 
     def model_files(self, folder: str) -> list[str]:
+        if folder in OTHER_FOLDERS:
+            return list_files(_other_places(folder), OTHER_FOLDERS[folder])
         return list(_folder_paths().get_filename_list(_known_folder(folder)))
 
     def model_path(self, folder: str, name: str) -> str:
+        if folder in OTHER_FOLDERS:
+            return find_file(_other_places(folder), folder, name)
         folder_paths, known = _folder_paths(), _known_folder(folder)
         path = folder_paths.get_full_path(known, name)
         if path is None or not os.path.isfile(path):
@@ -81,6 +86,8 @@ class ComfyUIBackend:
         return path
 
     def model_directory(self, folder: str) -> str:
+        if folder in OTHER_FOLDERS:
+            return str(_other_places(folder)[0])
         return _folder_paths().get_folder_paths(_known_folder(folder))[0]
 
     def output_directory(self) -> str:
@@ -122,6 +129,13 @@ def _arguments() -> ModuleType:
 
 def _management() -> ModuleType:
     return importlib.import_module("comfy.model_management")
+
+
+def _other_places(folder: str) -> list[Path]:
+    """Where files lie of a kind that ComfyUI has no name for: where another pack or its settings say, then its own."""
+    paths = _folder_paths()
+    named = paths.get_folder_paths(folder) if folder in paths.folder_names_and_paths else []
+    return [Path(place) for place in dict.fromkeys([*named, os.path.join(paths.models_dir, folder)])]
 
 
 def _known_folder(folder: str) -> str:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..cascade_ops.diffusion import StepInfo
+    from ..cascade_ops.finished import FinishedPictures
     from ..cascade_ops.handles import StageHandle
     from ..cascade_ops.stages import SamplingSettings
 
@@ -124,7 +125,19 @@ def _optional_settings(own_shift: str, start: str) -> dict[str, tuple]:
             0.01,
             "Stops at this time and gives the picture as it is guessed there: softer above 0. 0 runs to the end.",
         ),
+        "start_noise": (
+            ["matched", "reference"],
+            {
+                "default": "matched",
+                "tooltip": "For a start below 1. matched: as much noise as the model is told. reference: as the "
+                "release's notebook, which leaves the shift out and so adds less than the model is told.",
+            },
+        ),
     }
+
+
+def _pixels(tooltip: str) -> tuple:
+    return ("INT", {"default": 0, "min": 0, "max": 16384, "step": 64, "tooltip": tooltip})
 
 
 _POSITIVE = ("CONDITIONING", {"tooltip": "What the picture should show, from 'Cascade: encode text'."})
@@ -226,6 +239,9 @@ class CascadeSampleStageB:
     RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("Stage B latent, 4 channels, for 'Cascade: decode Stage A'.",)
 
+    # The host keeps a node's object from run to run; made with the first picture.
+    _finished: FinishedPictures | None = None
+
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         start = (
@@ -259,6 +275,14 @@ class CascadeSampleStageB:
                     },
                 ),
                 **_optional_settings("1.0", start),
+                "window": _pixels(
+                    "Samples a large picture in windows of so many pixels, one after the other, which takes less "
+                    "memory and more time. 0 is the whole picture at once; 1024 suits the release.",
+                ),
+                "window_overlap": _pixels(
+                    "Pixels that neighbouring windows share at least: more of them hide the borders better and take "
+                    "longer. 0 is a quarter of the window.",
+                ),
             },
         }
 
@@ -273,7 +297,7 @@ class CascadeSampleStageB:
         start_latent: dict | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..cascade_ops import memory, sizes, stages, wires
+        from ..cascade_ops import finished, memory, sizes, stages, wires
 
         chosen = stages.SamplingSettings(**settings)
         prior = wires.read_latent(latent)
@@ -281,10 +305,19 @@ class CascadeSampleStageB:
         for name, wire in (("positive", positive), ("negative", negative)):
             prompts.append(wires.read_condition(wire, name, "stage_b"))
             wires.check_prior(wire, name, prior)
-        shape = (len(prior.samples), 4, *sizes.stage_b_size(*prior.stage_c_pixels()))
-        bytes_needed = memory.sampling_bytes(stage_b, shape, stage_b.module.c_clip_seq)
+        start = None if start_latent is None else wires.read_latent(start_latent, "stage_b")
+        self._finished = self._finished or finished.FinishedPictures()
+        plan = self._finished.plan(stage_b, finished.StageBRun(prior, *prompts, seed, chosen, start))
+        shape = (len(plan.missing), 4, *sizes.stage_b_size(*prior.stage_c_pixels()))
+        windows = stages.stage_b_windows(stage_b, prior, chosen)
+        bytes_needed = memory.sampling_bytes(stage_b, shape, stage_b.module.c_clip_seq, largest=windows.largest)
         stage_a, notes = _fitting(stage_a, stage_b)
-        if stage_a is None:
+        if windows.count > 1:
+            notes.append(f"in {len(windows.columns)} x {len(windows.rows)} windows of {chosen.window} pixels at most")
+        show = None
+        if not plan.missing:
+            pass  # no model is needed
+        elif stage_a is None:
             (stage_b,) = runtime.placed([stage_b], bytes_needed)
             show = _linear_preview(stage_b)
         else:
@@ -294,15 +327,9 @@ class CascadeSampleStageB:
             def show(step: StepInfo) -> Tensor:
                 return stages.preview_stage_b(shower, step.denoised[:1])[0]
 
-        result = stages.sample_stage_b(
-            stage_b,
-            prior,
-            *prompts,
-            seed=seed,
-            settings=chosen,
-            start_latent=None if start_latent is None else wires.read_latent(start_latent, "stage_b"),
-            callback=_report(chosen.steps, show),
-        )
+        result = plan.sample(stage_b, _report(chosen.steps, show), runtime.check_interrupted)
+        if plan.kept:
+            notes.append(f"{len(plan.kept)} of {len(prior.samples)} pictures kept from an earlier run")
         return {"ui": _said(stage_b, chosen, result.stage_b_pixels(), notes), "result": (result.to_wire("stage_b"),)}
 
 

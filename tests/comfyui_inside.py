@@ -409,6 +409,7 @@ def main(checkout, base, folder, graphs, answers):
     inside.torch = torch
     importlib.import_module("comfyui_wires")
     importlib.import_module("comfyui_bridge")
+    importlib.import_module("comfyui_explore")
     found = {}
     for function in CHECKS:
         gc.collect()

@@ -185,6 +185,9 @@ def test_a_picture_is_found_by_its_path_or_its_name():
     one = Faces(torch.zeros(0, 4), torch.zeros(0, 1), 1, 1)
     assert faces_of({"anna.jpg": one}, "people/anna.jpg") is one
     assert faces_of({"anna": one}, "people/anna.jpg") is one
+    assert faces_of({"anna.jpg": one}, "anna") is one
+    with pytest.raises(ValueError, match="no entry for the picture 'anna'"):
+        faces_of({"anna.jpg": one, "anna.png": one}, "anna")
     with pytest.raises(ValueError, match=r"no entry for the picture 'people/bert\.jpg'"):
         faces_of({"anna": one}, "people/bert.jpg")
 

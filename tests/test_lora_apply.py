@@ -9,7 +9,6 @@ from lora_kit import ATTENTION, deltas, handle_of, random_change, random_lora, s
 
 from stable_cascade_nodes.cascade_ops.adapters.dialects import read_lora
 from stable_cascade_nodes.cascade_ops.adapters.lora import LoRA, LoRAWeights, apply_lora
-from stable_cascade_nodes.cascade_ops.adapters.tokens import LearnedToken, start_vectors, with_tokens, write_embedding
 from stable_cascade_nodes.cascade_ops.models import StageC
 
 FUSED = ATTENTION + "in_proj_weight"
@@ -66,28 +65,7 @@ def test_what_came_in_stays_and_the_rest_is_shared(stage_c):
 def test_strength_zero_changes_no_bit(stage_c):
     changed, report = apply_lora(stage_c, random_lora(stage_c.module, [FUSED, OUT], dora=True), 0.0)
     assert len(report.matched) == 2
-    assert changed is not stage_c and changed.module.clf[1].weight is stage_c.module.clf[1].weight
-    assert changed.module.get_parameter(OUT) is stage_c.module.get_parameter(OUT)
-    for name, tensor in stage_c.module.state_dict().items():
-        assert torch.equal(tensor, changed.module.state_dict()[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_weights_are_merged_in_float32(dtype):
-    handle = handle_of(small_stage_c().to(dtype))
-    lora = random_lora(handle.module, [OUT], rank=4)
-    changed, _ = apply_lora(handle, lora, 0.37)
-    exact = weight(handle).double() + 0.37 * deltas(lora.weights)[OUT]
-    assert weight(changed).dtype == dtype
-    assert torch.equal(weight(changed), exact.float().to(dtype))
-
-
-def test_many_changes_of_one_weight_are_rounded_once():
-    handle = handle_of(small_stage_c().to(torch.bfloat16))
-    lora = random_lora(handle.module, [FUSED, *thirds()])
-    changed, _ = apply_lora(handle, lora)
-    exact = weight(handle, FUSED).double() + deltas(lora.weights)[FUSED]
-    assert torch.equal(weight(changed, FUSED), exact.float().to(torch.bfloat16))
+    assert changed is stage_c
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -167,93 +145,3 @@ def test_a_lora_cannot_be_changed():
         lora.weights[OUT].alpha = 2.0
     with pytest.raises(ValueError, match=r"down \[2, 8\] and up \[8, 3\]"):
         LoRAWeights(torch.zeros(2, 8), torch.zeros(8, 3), 1.0)
-
-
-class TestTokens:
-    """Prompts with learned tokens in them."""
-
-    def test_brackets_name_the_token(self, handles, tmp_path):
-        """`[fernando]` in a prompt is what `embedding:fernando` is, weights and neighbours included."""
-        vectors = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
-        handle = handles["text_encoder"]
-        token = LearnedToken("[fernando]", "dog", vectors)
-        path = write_embedding(tmp_path / "fernando.safetensors", token)
-        learned = with_tokens(handle, [token]).module
-        for prompt in ("a picture of {}", "({}:1.4) and {}", "{}", "the {} dog" + " cat" * 74):
-            expected = handle.module.encode(prompt.format(*["embedding:fernando"] * 2), lambda name: path)
-            found = learned.encode(prompt.format("[fernando]", "[Fernando]"))
-            assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.pooled, expected.pooled)
-        without = handle.module.encode("a picture of [fernando]")
-        assert not torch.allclose(without.hidden, learned.encode("a picture of [fernando]").hidden)
-        assert torch.equal(learned.encode("a fernando").hidden, handle.module.encode("a fernando").hidden)
-
-    def test_punctuation_beside_a_token_stays(self, handles):
-        vectors = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
-        learned = with_tokens(handles["text_encoder"], [LearnedToken("<x>", "", vectors)]).module
-        apart, joined = learned.encode("a <x> , red"), learned.encode("a <x>, red")
-        assert torch.equal(apart.hidden, joined.hidden)
-
-    def test_an_existing_word_is_replaced(self, handles):
-        handle = handles["text_encoder"]
-        delta = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
-        learned = with_tokens(handle, [LearnedToken("cat", delta=delta)]).module
-        table = handle.network.text_model.embeddings.token_embedding.weight
-        new = LearnedToken("[n]", vectors=table[handle.module.tokenizer.encode("cat")] + delta)
-        other = with_tokens(handle, [new]).module
-        assert torch.equal(learned.encode("a cat").hidden, other.encode("a [n]").hidden)
-        assert torch.equal(learned.encode("a dog").hidden, handle.module.encode("a dog").hidden)
-
-    def test_captions_are_plain_text(self, handles):
-        """No weights, one sequence, the same states as a prompt's otherwise."""
-        vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-        encoder = with_tokens(handles["text_encoder"], [LearnedToken("[x]", vectors=vectors)]).module
-        captions = ["a [x] dog", "cat " * 100, "(a:2)"]
-        hidden, pooled = encoder.encode_captions(captions)
-        assert hidden.shape == (3, 77, 64) and pooled.shape == (3, 32)
-        torch.testing.assert_close(hidden[:1], encoder.encode("a [x] dog").hidden)
-        torch.testing.assert_close(pooled[1:2], encoder.encode("cat " * 75).pooled)
-        torch.testing.assert_close(hidden[2:], encoder.encode(r"\(a:2\)").hidden)
-
-    def test_a_token_learned_again_is_replaced(self, handles):
-        first, second = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1)).unbind()
-        once = with_tokens(handles["text_encoder"], [LearnedToken("[x]", vectors=first)])
-        twice = with_tokens(once, [LearnedToken("[X]", vectors=second), LearnedToken("[y]", vectors=first)]).module
-        assert torch.equal(twice.encode("[y]").hidden, once.module.encode("[x]").hidden)
-        assert not torch.allclose(twice.encode("[x]").hidden, once.module.encode("[x]").hidden)
-
-    def test_tokens_stay_when_weights_change(self, handles):
-        learned = with_tokens(handles["text_encoder"], [LearnedToken("[x]", vectors=torch.ones(1, 64))])
-        change = random_change(tuple(learned.network.state_dict()[TEXT].shape))
-        changed, _ = apply_lora(learned, LoRA({TEXT: change}))
-        assert not torch.allclose(changed.module.encode("[x]").hidden, changed.module.encode("[y]").hidden)
-        assert changed.module.tokenizer.added_tokens == ("[x]",)
-
-    def test_where_tokens_start(self, handles):
-        encoder = handles["text_encoder"].module
-        table = encoder.module.text_model.embeddings.token_embedding.weight
-        red, dog = encoder.tokenizer.encode("red dog")
-        torch.testing.assert_close(
-            start_vectors("[x]", "red dog", 2, encoder), ((table[red] + table[dog]) / 2).repeat(2, 1)
-        )
-        assert torch.equal(start_vectors("dog", "", 1, encoder), table[dog][None])
-        assert not start_vectors("[x]", "", 1, encoder).any()
-
-    @pytest.mark.parametrize(
-        ("token", "init", "problem"),
-        [
-            ("[a b]", "", "neither .name. or <name> nor a word"),
-            ("[(a)]", "", "neither .name. or <name> nor a word"),
-            ("../up", "", "neither .name. or <name> nor a word"),
-            ("unlearnable", "", r"'unlearnable' is \d tokens"),
-            ("dog", "cat", "starts as itself, and was given the initial words 'cat'"),
-        ],
-    )
-    def test_tokens_that_cannot_be_learned(self, handles, token, init, problem):
-        with pytest.raises(ValueError, match=problem):
-            start_vectors(token, init, 1, handles["text_encoder"].module)
-
-    def test_a_token_of_another_encoder_is_refused(self, handles):
-        with pytest.raises(ValueError, match="12 numbers wide, this text encoder 64"):
-            with_tokens(handles["text_encoder"], [LearnedToken("[x]", vectors=torch.ones(1, 12))])
-        with pytest.raises(ValueError, match="does not say which word its learned token is"):
-            with_tokens(handles["text_encoder"], [LearnedToken("", delta=torch.ones(1, 64))])

@@ -1,13 +1,12 @@
 """Estimated memory against the tensors that a run of the published sizes keeps alive, counted without computing."""
 
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from memory_kit import Peak
 
 from stable_cascade_nodes.cascade_ops import memory
 from stable_cascade_nodes.cascade_ops.attachments import AppliedControl, AppliedIPAdapter
@@ -31,35 +30,6 @@ CONTROLNETS = {
     "identity": ({"c_in": 512, "bottleneck_mode": "simple", "proj_blocks": list(range(64))}, (512, 24, 24)),
 }
 LITE_C = {"c_cond": 1536, "c_hidden": [1536, 1536], "nhead": [24, 24], "blocks": [[4, 12], [12, 4]]}
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes of new tensors alive at once."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.alive, self.bytes, self.most = set(), 0, 0
-        self.weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return result
-
-    def _see(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive or key in self.weights:
-            return
-        self.alive.add(key)
-        self.bytes += size
-        self.most = max(self.most, self.bytes)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key, size):
-        self.alive.discard(key)
-        self.bytes -= size
 
 
 @pytest.fixture(autouse=True)

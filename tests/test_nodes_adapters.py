@@ -17,19 +17,20 @@ def host(fuller_host):
     return fuller_host
 
 
-def test_an_ip_adapter_reads_the_picture(host):
-    def applied(image, weight=1.0):
-        inputs = {
-            "stage_c": load("CascadeLoadStageC"),
-            "ip_adapter": load("CascadeLoadIPAdapter"),
-            "image_encoder": load("CascadeLoadImageEncoder"),
-            "image": image,
-            "weight": weight,
-            "start": 1.0,
-            "end": 0.0,
-        }
-        return run("CascadeApplyIPAdapter", **inputs)
+def applied(image, weight=1.0, **more):
+    inputs = {
+        "stage_c": load("CascadeLoadStageC"),
+        "ip_adapter": load("CascadeLoadIPAdapter"),
+        "image_encoder": load("CascadeLoadImageEncoder"),
+        "image": image,
+        "weight": weight,
+        "start": 1.0,
+        "end": 0.0,
+    }
+    return run("CascadeApplyIPAdapter", **inputs | more)
 
+
+def test_an_ip_adapter_reads_the_picture(host):
     image = noise(1, 60, 100, 3)
     answer = applied(image)
     assert answer["ui"]["text"] == ["IP-Adapter custom (ip.safetensors) at 1"]
@@ -42,10 +43,44 @@ def test_an_ip_adapter_reads_the_picture(host):
     off, _ = sample_c(host, stage_c=applied(image, weight=0.0)["result"][0])
     assert torch.equal(samples(off), samples(plain))
     together = applied(noise(3, 60, 100, 3))
-    assert together["ui"]["text"] == ["IP-Adapter custom (ip.safetensors) at 1, 3 pictures"]
+    assert together["ui"]["text"] == ["IP-Adapter custom (ip.safetensors) at 1, 3 pictures read together"]
     assert together["result"][0].ip_adapters[0].embeddings.shape == (1, 3, 24)
     sample_c(host, stage_c=controlled(stage_c=together["result"][0])["result"][0])
     assert host.placings[-1][0] == ["stage_c", "controlnet", "ip_adapter"]
+
+
+def test_an_ip_adapter_acts_where_and_how_its_inputs_say(host):
+    image = noise(2, 60, 100, 3)
+
+    def made(image, **more):
+        return samples(sample_c(host, stage_c=applied(image, **more)["result"][0])[0])
+
+    whole = made(image)
+    neutral = {"combine": "concatenate", "down_outer": 1, "down_inner": 1, "up_inner": 1, "up_outer": 1}
+    assert torch.equal(made(image, **neutral, mask=torch.ones(1, 60, 100)), whole)
+    off = samples(sample_c(host)[0])
+    groups = ("down_outer", "down_inner", "up_inner", "up_outer")
+    assert torch.equal(made(image, **dict.fromkeys(groups, 0.0)), off)
+    assert torch.equal(made(image, mask=torch.zeros(60, 100)), off)
+    half = torch.zeros(1, 60, 100)
+    half[..., :50] = 1
+    changes = [{name: 0.0} for name in groups] + [{"combine": "average"}, {"combine": "one each"}, {"mask": half}]
+    results = [made(image[:1] if "one each" in change.values() else image, **change) for change in changes]
+    for number, result in enumerate(results):
+        assert all((result - other).abs().max() > 1e-4 for other in (whole, off, *results[:number]))
+
+    answer = applied(image, 0.5, mask=half, combine="average", down_outer=0.0)
+    assert answer["ui"]["text"] == [
+        "IP-Adapter custom (ip.safetensors) at 0.5, block groups 0 1 1 1, 50% of the picture, 2 pictures averaged"
+    ]
+    assert answer["result"][0].ip_adapters[0].groups == (0, 1, 1, 1)
+    each = applied(image, combine="one each")["result"][0]
+    assert each.ip_adapters[0].embeddings.shape == (2, 1, 24)
+    latent = run("CascadeEmptyLatent", stage_c=each, width=100, height=60, batch_size=2)["result"][0]
+    sample_c(host, stage_c=each, latent=latent)
+    three = applied(noise(3, 60, 100, 3), combine="one each")["result"][0]
+    with pytest.raises(ValueError, match="given 3 pictures and 2 pictures are made, expected 1 or 2"):
+        sample_c(host, stage_c=three, latent=latent)
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from attachment_kit import controlled, noise, samples, saved_adapter, saved_cont
 from nodes_kit import load, run, sample_c
 
 from stable_cascade_nodes import NODE_CLASS_MAPPINGS
-from stable_cascade_nodes.cascade_ops import catalog, control
+from stable_cascade_nodes.cascade_ops import catalog, control, stages
+from stable_cascade_nodes.cascade_ops.wires import Latent
 from stable_cascade_nodes.nodes import files
 
 KINDS = ("canny", "inpainting", "super_resolution")
@@ -112,11 +113,18 @@ def test_inpainting_shows_its_hole(host):
 def test_super_resolution_encodes_the_picture(host):
     encoder = load("CascadeLoadLatentEncoder")
     made = run("CascadeSuperResolutionControl", latent_encoder=encoder, image=noise(2, 60, 100, 3))
-    latents, shown = made["result"]
-    assert latents.samples.shape == (2, 16, 4, 8) and shown.shape == (2, 64, 128, 3)
+    latents, shown, *size = made["result"]
+    assert latents.samples.shape == (2, 16, 4, 8) and shown.shape == (2, 64, 128, 3) and size == [200, 120]
     assert torch.equal(latents.samples[:, :, ::2, ::2], latents.samples[:, :, 1::2, 1::2])
     assert made["ui"]["text"] == ["control for super_resolution of a picture of 100 x 60: twice as large is 200 x 120"]
     assert host.placings[-1][0] == ["latent_encoder"] and host.placings[-1][1] > 0
+    previewer = load("CascadeLoadPreviewer")
+    inputs = {"latent_encoder": encoder, "image": noise(2, 60, 100, 3), "previewer": previewer}
+    again = run("CascadeSuperResolutionControl", **inputs)
+    assert torch.equal(again["result"][0].samples, latents.samples)
+    assert torch.equal(again["result"][1], stages.preview_latent(previewer, Latent(latents.samples)))
+    assert again["result"][1].shape == (2, 32, 64, 3)
+    assert host.placings[-1][0] == ["latent_encoder", "previewer"]
     with pytest.raises(ValueError, match="was given where a latent encoder is read"):
         run("CascadeSuperResolutionControl", latent_encoder=load("CascadeLoadPreviewer"), image=noise(1, 32, 32, 3))
 

@@ -72,7 +72,8 @@ def test_every_option_acts_and_its_default_is_the_plain_run(host, node):
     declared = NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["optional"]
     defaults = {name: options["default"] for name, (_, options) in declared.items() if "default" in options}
     assert torch.equal(run(node, **inputs, **defaults)["result"][0]["samples"], plain)
-    assert set(defaults) - set(OPTIONS) == {"rescale_over"}
+    windows = {"window", "window_overlap"} if node == "CascadeSampleStageB" else set()
+    assert set(defaults) - set(OPTIONS) == {"rescale_over", "start_noise"} | windows
     for name, value in OPTIONS.items():
         start = {"start_latent": {"samples": plain}} if (name, node) == ("start", "CascadeSampleStageB") else {}
         changed = run(node, **inputs | {name: value} | start)["result"][0]["samples"]

@@ -101,6 +101,7 @@ def test_the_wheel_says_its_licence_and_command(wheel):
     assert {line for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
         "Provides-Extra: host",
         "Provides-Extra: train",
+        "Provides-Extra: faces",
         "Provides-Extra: test",
     }
     assert "cascade = stable_cascade_nodes.host.cli:main" in commands

@@ -31,6 +31,7 @@ def comfyui(monkeypatch, tmp_path):
     paths.get_filename_list = lambda name: {"vae": ["a.safetensors"], "unet": ["old.safetensors"]}[name]
     paths.get_full_path = lambda name, file: str(tmp_path / name / file) if (tmp_path / name / file).is_file() else None
     paths.get_folder_paths = lambda name: paths.folder_names_and_paths[name][0]
+    paths.models_dir = str(tmp_path)
     paths.get_output_directory = lambda: "/comfy/output"
     paths.get_input_directory = lambda: "/comfy/input"
     paths.get_temp_directory = lambda: "/comfy/temp"
@@ -104,6 +105,33 @@ def test_new_files_go_into_the_first_folder_of_their_kind(comfyui, tmp_path, mon
         assert runtime.model_directory("loras") == str(tmp_path / "host" / "models" / "loras")
     with runtime.using(runtime.PlainBackend()):
         assert runtime.model_directory("loras") == os.path.abspath(os.path.join("models", "loras"))
+
+
+def test_faces_have_a_folder_that_comfyui_does_not_know(comfyui, tmp_path, monkeypatch):
+    """What lies there is found, where packs or settings say another place too, and `folder_paths` stays as it is."""
+    paths = sys.modules["folder_paths"]
+    before = dict(paths.folder_names_and_paths)
+    assert runtime.model_files("insightface") == []
+    assert runtime.model_directory("insightface") == str(tmp_path / "insightface")
+    for place in ("insightface/models/buffalo_l/det.onnx", "elsewhere/det_2.onnx", "insightface/notes.safetensors"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(b"")
+    assert runtime.model_files("insightface") == ["models/buffalo_l/det.onnx"]
+    assert paths.folder_names_and_paths == before
+    paths.folder_names_and_paths["insightface"] = ([str(tmp_path / "elsewhere")], set())
+    assert runtime.model_files("insightface") == ["det_2.onnx", "models/buffalo_l/det.onnx"]
+    assert runtime.model_path("insightface", "det_2.onnx") == str(tmp_path / "elsewhere" / "det_2.onnx")
+    found = runtime.model_path("insightface", "models/buffalo_l/det.onnx")
+    assert found == str(tmp_path / "insightface" / "models" / "buffalo_l" / "det.onnx")
+    assert runtime.model_directory("insightface") == str(tmp_path / "elsewhere")
+    for name in ("../vae/a.safetensors", "none.onnx"):
+        with pytest.raises(ValueError, match="insightface: "):
+            runtime.model_path("insightface", name)
+    monkeypatch.setenv("CASCADE_MODELS", str(tmp_path))
+    for backend in (HostBackend(DataFolders(tmp_path / "host")), runtime.PlainBackend()):
+        with runtime.using(backend):
+            assert runtime.model_files("insightface") == ["models/buffalo_l/det.onnx"]
+            assert runtime.model_path("insightface", "models/buffalo_l/det.onnx") == found
 
 
 def test_room_is_made_by_taking_everything_off_the_device(comfyui):

@@ -63,6 +63,7 @@ RUNS = {
     "image_encoder": {"network": {**CLIP, "image_size": 56, "patch_size": 28}},
     "lora": {"lora": LoRA(rank=3)},
     "lora with DoRA and a token": {"lora": LoRA(rank=2, dora=True, modules=("",)), "tokens": (Token("[x]", "red"),)},
+    "lcm": {"lora": LoRA(rank=3, modules=("",))},
     "textual_inversion": {"tokens": (Token("[x]", "red", vectors=2),)},
     "controlnet": {},
     "controlnet of super_resolution": {"controlnet": ControlNetSettings("super_resolution")},
@@ -132,7 +133,7 @@ def parameters_in(held):
             yield from network.parameters()
 
 
-@pytest.mark.parametrize("name", ["stage_c", "stage_b", "lora", "textual_inversion", "controlnet", "ip_adapter"])
+@pytest.mark.parametrize("name", ["stage_c", "stage_b", "lora", "lcm", "textual_inversion", "controlnet", "ip_adapter"])
 def test_activations_are_what_a_real_step_keeps(name):
     """Real kernels keep some numbers more, such as the statistics of a norm or the sums of an attention."""
     settings = settings_for(name)

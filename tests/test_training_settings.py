@@ -146,7 +146,7 @@ def test_a_wrong_value_is_refused_by_its_path(read, text, problem):
         (
             "stage_b",
             "lora: {rank: 4}",
-            "`lora` has no effect on the target stage_b, it is for the target lora: remove it.",
+            "`lora` has no effect on the target stage_b, it is for the targets lora, lcm: remove it.",
         ),
         (
             "controlnet",
@@ -154,6 +154,10 @@ def test_a_wrong_value_is_refused_by_its_path(read, text, problem):
             "`tokens` has no effect on the target controlnet, it is for the targets",
         ),
         ("lora", "loss: {pyramid_noise: true}", "`loss.pyramid_noise` has no effect on the target lora"),
+        ("lora", "lcm: {steps: 2}", "`lcm` has no effect on the target lora, it is for the target lcm: remove it."),
+        ("lcm", "loss: {weight: p2}", "`loss` has no effect on the target lcm"),
+        ("lcm", "tokens: [{token: x}]", "`tokens` has no effect on the target lcm"),
+        ("lcm", "samples: {every: 9, prompts: [a], steps: 9}", "`samples.steps` has no effect on the target lcm"),
         ("text_encoder", "loss: {weight: p2}", "`loss` has no effect on the target text_encoder"),
         ("stage_a", "samples: {every: 5}", "`samples` has no effect on the target stage_a"),
         ("stage_a", "gradient_checkpointing: true", "`gradient_checkpointing` has no effect on the target stage_a"),

@@ -64,14 +64,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture for the page of a task: what node `node` saves or shows when the graph runs with `changes`.
+    """A picture for the page of a task: what node `node` saves, shows or gives when the graph runs with `changes`.
 
-    caption: below the picture. changes: node id -> inputs that differ from the workflow's.
+    caption: below the picture. changes: node id -> inputs that differ from the workflow's. batch: show all pictures of
+    a batch instead of its first.
     """
 
     caption: str
     node: int
     changes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Writer:
         for node in workflow.nodes():
             self._check(node)
             values = {name: node.inputs.get(name, _default(spec)) for name, spec in self._widgets(node)}
-            links = {name: _link(node.inputs[name]) for name, _ in self._sockets(node) if name in node.inputs}
+            links = {name: _link(node.inputs[name]) for name in self._linked(node)}
             title = node.title or self._registry.title(node.class_type)
             graph[str(node.id)] = {
                 "inputs": values | links,
@@ -114,6 +116,10 @@ class Writer:
                 "_meta": {"title": title},
             }
         return graph
+
+    def outputs(self, class_type: str) -> tuple[str, ...]:
+        """The types of what a node gives."""
+        return tuple(self._registry[class_type].RETURN_TYPES)
 
     def editor(self, workflow: Workflow) -> dict[str, Any]:
         """The graph in the editor's format."""
@@ -154,14 +160,20 @@ class Writer:
         widgets = {name for name, _ in self._widgets(node)}
         return [(name, spec) for name, spec in self._specs(node) if name not in widgets]
 
+    def _linked(self, node: Node) -> list[str]:
+        """Inputs with a link: sockets, and widgets that take their value from another node."""
+        names = (name for name, _ in (*self._sockets(node), *self._widgets(node)))
+        return [name for name in names if isinstance(node.inputs.get(name), tuple)]
+
     def _links(self, nodes: list[Node]) -> tuple[list[list[Any]], dict[tuple[int, str], int]]:
         """All links as the editor has them, and the number of the link into each `(node, input)`."""
         by_id = {node.id: node for node in nodes}
         links: list[list[Any]] = []
         taken = {}
         for node in nodes:
-            for slot, (name, _) in enumerate(self._sockets(node)):
-                if name in node.inputs:
+            linked = self._linked(node)
+            for slot, (name, _) in enumerate((*self._sockets(node), *self._widgets(node))):
+                if name in linked:
                     source, output = node.inputs[name]
                     kind = self._registry[by_id[source].class_type].RETURN_TYPES[output]
                     links.append([len(links) + 1, source, output, node.id, slot, kind])
@@ -213,7 +225,7 @@ class Writer:
             inputs.append(entry if spec.required else {**entry, "shape": 7})
         for name, spec in self._widgets(node):
             kind = spec.type if spec.choices is None else "COMBO"
-            entry = {"name": name, "type": kind, "widget": {"name": name}, "link": None}
+            entry = {"name": name, "type": kind, "widget": {"name": name}, "link": taken.get((node.id, name))}
             inputs.append(entry if spec.required else {**entry, "shape": 7})
         outputs = []
         names = getattr(node_class, "RETURN_NAMES", node_class.RETURN_TYPES)
@@ -255,7 +267,9 @@ class Writer:
     def _widget_values(self, node: Node) -> list[Any]:
         values = []
         for name, spec in self._widgets(node):
-            values.append(node.inputs.get(name, _default(spec)))
+            given = node.inputs.get(name)
+            # The editor keeps a value below a link too.
+            values.append(_default(spec) if given is None or isinstance(given, tuple) else given)
             if spec.options.get("control_after_generate"):
                 values.append("fixed")
         return values

@@ -9,15 +9,13 @@ Every workflow is run with the models that are there, the tiny family where ther
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import tempfile
 from pathlib import Path
 
 from PIL import Image
 
-from ..host.folders import DataFolders
-from ..host.pack import open_host
+from .running import Runner, as_jpeg, fitted
 from .write import FOLDER, write
 
 SIDE = 512
@@ -28,35 +26,20 @@ def thumbnail(pictures: list[Image.Image]) -> Image.Image:
     """Up to four pictures in a square of 512 pixels, each as large as fits."""
     pictures = pictures[:4]
     columns = min(len(pictures), _COLUMNS)
-    rows = -(-len(pictures) // columns)
     cell = SIDE // columns
-    sheet = Image.new("RGB", (SIDE, cell * rows), "white")
+    sheet = Image.new("RGB", (SIDE, cell * -(-len(pictures) // columns)), "white")
     for number, picture in enumerate(pictures):
-        scale = cell / max(picture.size)
-        size = (round(picture.width * scale), round(picture.height * scale))
-        small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         row, column = divmod(number, columns)
-        sheet.paste(small, (column * cell + (cell - small.width) // 2, row * cell + (cell - small.height) // 2))
+        sheet.paste(fitted(picture, cell), (column * cell, row * cell))
     return sheet
 
 
 def pictures_of(graph: dict, data: Path) -> list[Image.Image]:
     """Run a graph in API format with its files in `data`; returns the pictures that it saves, by node id."""
-    host = open_host(DataFolders(data))
-    status, answer = host.submit({"prompt": graph})
-    if status != 200 or answer["node_errors"]:
-        raise ValueError(f"The workflow was refused: {json.dumps(answer)}")
-    host.run_next()
-    entry = host.history(answer["prompt_id"])[answer["prompt_id"]]
-    if not entry["status"]["completed"]:
-        raise ValueError(f"The workflow failed: {entry['status']['messages'][-1][1]['exception_message']}")
-    found = []
-    for node_id in sorted(entry["outputs"], key=int):
-        # Others are shown only, such as the picture of a loss on the node that trains.
-        for image in entry["outputs"][node_id].get("images", ()) if graph[node_id]["class_type"] == "SaveImage" else ():
-            folder = host.folders.directory(image["type"]) / image["subfolder"]
-            found.append(Image.open(folder / image["filename"]))
-    return found
+    shown = Runner(data).shown(graph)
+    # Others are shown only, such as the picture of a loss on the node that trains.
+    saves = sorted((node_id for node_id in shown if graph[node_id]["class_type"] == "SaveImage"), key=int)
+    return [picture for node_id in saves for picture in shown[node_id]]
 
 
 def main() -> None:
@@ -67,9 +50,7 @@ def main() -> None:
         graph = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
         with tempfile.TemporaryDirectory() as folder:
             picture = thumbnail(pictures_of(graph, Path(folder)))
-        content = io.BytesIO()
-        picture.save(content, "JPEG", quality=85, optimize=True)
-        write(FOLDER / f"{name}.jpg", content.getvalue())
+        write(FOLDER / f"{name}.jpg", as_jpeg(picture))
         print(FOLDER / f"{name}.jpg")
 
 

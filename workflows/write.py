@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..host.folders import DataFolders
@@ -20,12 +22,18 @@ VERSION = "0.1.0"
 REPOSITORY = "https://huggingface.co/stabilityai/stable-cascade/resolve/main"
 
 
+@contextmanager
+def writing() -> Iterator[Writer]:
+    """A writer for the nodes of this package."""
+    host = open_host(DataFolders(FOLDER))
+    with runtime.using(host.backend):
+        yield Writer(host.registry, VERSION, REPOSITORY)
+
+
 def written() -> dict[str, str]:
     """The content of all files, by their path below this folder."""
-    host = open_host(DataFolders(FOLDER))
-    writer = Writer(host.registry, VERSION, REPOSITORY)
     files = {}
-    with runtime.using(host.backend):
+    with writing() as writer:
         for workflow in WORKFLOWS:
             files[f"{workflow.name}.json"] = _json(writer.editor(workflow))
             files[f"api/{workflow.name}.json"] = _json(writer.api(workflow))

@@ -1,34 +1,33 @@
 """Low-rank adaptation in memory: what a LoRA file of any dialect holds, and how it changes a model.
 
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); DoRA: Liu et al., "DoRA:
-Weight-Decomposed Low-Rank Adaptation" (2024). `dialects` reads and writes files.
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). Other kinds of changes are in `loha` and
+`lokr`, DoRA in `changes`; `dialects` reads and writes files.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
-import torch
 from torch import Tensor, nn
 
+from ..checkpoints.releases import SAMPLING_DEFAULTS
 from ..handles import StageHandle
+from . import merging
+from .changes import WeightChange, scale_fits
 from .names import located, stage_of
 from .tokens import LearnedToken
 
-# As trainers do, so that a row or column of zeros is no division by zero.
-_EPSILON = torch.finfo(torch.float32).eps
+# OneTrainer's words that replace what comes out of the text encoder; how prompts use them no file says.
+_BEHIND = ".clip_g_out"
 
 
 @dataclass(frozen=True, eq=False)
-class LoRAWeights:
-    """The change of one weight ``[out, in, ...]``: ``alpha / r * up @ down``.
+class LoRAWeights(WeightChange):
+    """``alpha / r * up @ down``.
 
-    down: ``[r, in, ...]``. up: ``[out, r]``. dora_scale: the learned sizes of DoRA: ``[out, 1, ...]`` one per output,
-    ``[1, in, ...]`` one per input, ``[3, in]`` one per input of each third of attention's fused weight; None is plain
-    LoRA.
+    down: ``[r, in, ...]``. up: ``[out, r]``. dora_scale: see `WeightChange`.
 
     Raises:
         ValueError: the shapes do not belong together.
@@ -45,16 +44,10 @@ class LoRAWeights:
                 f"A LoRA has down {list(self.down.shape)} and up {list(self.up.shape)}, expected [rank, in] and "
                 "[out, rank]: the file is damaged or of another kind."
             )
-        scale = self.dora_scale
-        if scale is None:
-            return
-        width = self.down.shape[1]
-        ones = (1,) * (self.down.ndim - 2)
-        allowed = {(len(self.up), 1, *ones), (1, width, *ones), (3, width, *ones)}
-        if tuple(scale.shape) not in allowed:
+        if self.dora_scale is not None and not scale_fits(self.dora_scale, self.shape):
             raise ValueError(
-                f"A DoRA scale has the shape {list(scale.shape)}, expected [{len(self.up)}, 1] or [1, {width}]: the "
-                "file is damaged or of another kind."
+                f"A DoRA scale has the shape {list(self.dora_scale.shape)}, expected [{len(self.up)}, 1] or "
+                f"[1, {self.down.shape[1]}]: the file is damaged or of another kind."
             )
 
     @property
@@ -68,35 +61,10 @@ class LoRAWeights:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it changes."""
         return (len(self.up), *self.down.shape[1:])
 
     def delta(self) -> Tensor:
-        """The change of the weight before DoRA, float32."""
         return (self.scale * (self.up.float() @ self.down.float().flatten(1))).reshape(self.shape)
-
-    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The changed weight, float32, for a float32 `weight`. A DoRA's change counts as a whole: at half the strength
-        the weight is half-way to what DoRA makes of it."""
-        changed = weight + strength * self.delta().to(weight.device)
-        if self.dora_scale is None:
-            return changed
-        full = weight + self.delta().to(weight.device)
-        return weight + strength * (rescaled(full, self.dora_scale.to(weight)) - weight)
-
-
-def sizes(weight: Tensor, like: Tensor) -> Tensor:
-    """The Euclidean sizes that DoRA learns, in the shape of `like`: of outputs, of inputs, or of inputs by thirds."""
-    if like.shape[1] == 1 and len(like) == len(weight):
-        return weight.flatten(1).norm(dim=1).reshape(like.shape)
-    groups = weight.unflatten(0, (len(like), -1))
-    return groups.transpose(1, 2).flatten(2).norm(dim=2).reshape(like.shape)
-
-
-def rescaled(weight: Tensor, scale: Tensor, own: Tensor | None = None) -> Tensor:
-    """`weight` with the sizes `scale` in place of `own`, which are its sizes unless given."""
-    factor = scale / ((sizes(weight, scale) if own is None else own) + _EPSILON)
-    return weight * factor.repeat_interleave(len(weight) // len(factor), dim=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +73,30 @@ class LoRA:
 
     weights: changes by the published name of the weight; attention's fused `in_proj_weight` or its thirds, see
     `names`. tokens: learned with it. config: what training said: rank, alpha, modules, base; empty where the file does
-    not say. name: the file as the user knows it. unread: tensors of the file that nothing here understands.
+    not say. name: the file as the user knows it. unread: tensors of the file that nothing here understands. defaults:
+    sampling values of Stage C (``guidance``, ``shift``, ...) that take the place of the model's own where the LoRA is
+    applied.
+
+    Raises:
+        ValueError: `defaults` that are no numbers or that no sampler knows.
     """
 
-    weights: Mapping[str, LoRAWeights]
+    weights: Mapping[str, WeightChange]
     tokens: tuple[LearnedToken, ...] = ()
     config: Mapping = field(default_factory=dict)
     name: str = ""
     unread: tuple[str, ...] = ()
+    defaults: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.defaults) - set(SAMPLING_DEFAULTS["stage_c"]))
+        if unknown or not all(type(value) in (int, float) and value > 0 for value in self.defaults.values()):
+            known = ", ".join(SAMPLING_DEFAULTS["stage_c"])
+            raise ValueError(
+                f"{self.name or 'The LoRA'} brings the sampling defaults {dict(self.defaults)}, expected positive "
+                f"numbers for some of {known}: correct 'cascade.defaults' in its metadata."
+            )
+        object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
         object.__setattr__(self, "config", MappingProxyType(dict(self.config)))
 
@@ -146,8 +128,12 @@ class LoRAReport:
             text += f"; not applied: {len(self.unmatched)}, the first '{name}' ({reason})"
         if self.skipped:
             text += f"; {len(self.skipped)} are for the {_title(stage_of(self.skipped[0]))}"
-        if self.unread:
-            text += f"; {len(self.unread)} tensors of the file were not understood, the first '{self.unread[0]}'"
+        behind = [name for name in self.unread if name.endswith(_BEHIND)]
+        strange = [name for name in self.unread if name not in behind]
+        if behind:
+            text += f"; {len(behind)} learned words act behind the text encoder and are not used, such as '{behind[0]}'"
+        if strange:
+            text += f"; {len(strange)} tensors of the file were not understood, the first '{strange[0]}'"
         return text
 
 
@@ -155,14 +141,14 @@ def apply_lora(handle: StageHandle, lora: LoRA, strength: float = 1.0) -> tuple[
     """A handle of the same stage with `lora` merged into its weights, and what was merged.
 
     handle: a Stage C or a text encoder; neither it nor its weights change, and the new one shares every weight that
-    the LoRA does not touch. Weights are merged in float32 whatever they are stored in. strength: 0 gives weights equal
-    to the last bit, negative ones turn the change round. Learned tokens are `tokens.with_tokens`' business.
+    the LoRA does not touch. See `merging` for several LoRAs on one model and for weights of few bits. strength: 0 gives
+    the handle itself, negative ones turn the change round. The LoRA's own sampling defaults take the place of the
+    handle's. Learned tokens are `tokens.with_tokens`' business.
 
     Raises:
         ValueError: nothing of the LoRA fits this model.
     """
-    network = handle.network
-    parameters = dict(network.named_parameters())
+    parameters = dict(merging.unmerged(handle).network.named_parameters())
     mine = {name: change for name, change in lora.weights.items() if stage_of(name) == handle.stage}
     unmatched: dict[str, str] = {}
     for name, change in mine.items():
@@ -174,40 +160,18 @@ def apply_lora(handle: StageHandle, lora: LoRA, strength: float = 1.0) -> tuple[
     if not matched:
         raise ValueError(_nothing(handle, lora, report))
     if strength == 0:
-        return replace(handle), report
-    changed: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name in matched:
-            target, third = located(name)
-            if target not in changed:
-                changed[target] = parameters[target].to(torch.float32, copy=True)
-            rows = _rows(changed[target], third)
-            rows.copy_(lora.weights[name].merged(rows, strength))
-        fresh = {
-            id(parameters[target]): nn.Parameter(weight.to(parameters[target].dtype), requires_grad=False)
-            for target, weight in changed.items()
-        }
-    # deepcopy takes what the memo already holds instead of copying it: untouched weights are the same tensors.
-    memo: dict[int, object] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    module = copy.deepcopy(network, memo | fresh)
-    if handle.stage == "text_encoder":
-        module = handle.module.with_module(module)
-    return replace(handle, module=module), report
+        return handle, report
+    changes = {name: lora.weights[name] for name in matched}
+    defaults = lora.defaults if handle.stage == "stage_c" else {}
+    return merging.adapted(handle, merging.Applied(lora.name, changes, strength), defaults), report
 
 
-def _rows(weight: Tensor, third: int | None) -> Tensor:
-    return weight if third is None else weight.chunk(3)[third]
-
-
-def _misfit(parameters: Mapping[str, Tensor], name: str, change: LoRAWeights) -> str:
+def _misfit(parameters: Mapping[str, nn.Parameter], name: str, change: WeightChange) -> str:
     """Why a change cannot be applied; empty where it can."""
     target, third = located(name)
     if target not in parameters:
         return "there is no such weight"
-    shape = tuple(_rows(parameters[target], third).shape)
-    if shape != change.shape:
-        return f"it is of shape {list(change.shape)}, the weight of {list(shape)}"
-    return ""
+    return change.misfit(merging.rows_of(parameters[target], third).shape)
 
 
 def _title(stage: str) -> str:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_CLIP_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
 
-def from_config_json(stage: str, config: Mapping) -> dict:
-    """Take from a diffusers or transformers ``config.json`` what shapes cannot say, if it is for this kind of model."""
+
+def from_config_json(stage: str, config: Mapping, proven: Mapping) -> dict:
+    """Take from a diffusers or transformers ``config.json`` what shapes cannot say, if it is for this kind of model.
+
+    proven: what shapes do say. A CLIP encoder of other widths is another one: a ``config.json`` often lies beside
+    several, and the wrong heads or activation give other embeddings without any complaint.
+    """
     kind = str(config.get("_class_name") or "")
     if stage in ("stage_b", "stage_c") and kind.lower() == "stablecascadeunet":
         taken = {
@@ -27,6 +33,8 @@ def from_config_json(stage: str, config: Mapping) -> dict:
         return {"scale_factor": config["scale_factor"]}
     if stage in ("text_encoder", "image_encoder") and str(config.get("model_type", "")).startswith("clip"):
         tower = config.get("text_config" if stage == "text_encoder" else "vision_config") or config
+        if any(tower.get(name, proven[name]) != proven[name] for name in _CLIP_SIZES):
+            return {}
         names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
         return {name: tower[name] for name in names if name in tower}
     return {}

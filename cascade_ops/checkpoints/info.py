@@ -226,7 +226,7 @@ def _with_config(info: FileInfo, source: Source, shapes: Mapping[str, tuple[int,
     config = inferred.proven | inferred.usual
     if release:
         config |= release.config
-    config |= from_config_json(info.stage, source.config_json or {})
+    config |= from_config_json(info.stage, source.config_json or {}, inferred.proven)
     config |= _json(said, "cascade.config", info.path)
     defaults = SAMPLING_DEFAULTS.get(info.stage, {}) | _json(said, "cascade.defaults", info.path)
     unknown = tuple(name for name in inferred.open if name not in config)

@@ -130,7 +130,7 @@ def write_faces(path: str | Path, faces: Mapping[str, Faces]) -> Path:
 
 
 def faces_of(faces: Mapping[str, Faces], name: str) -> Faces:
-    """The faces of the picture called `name`: by that name, by its file name, or without its ending.
+    """The faces of the picture called `name`: by that name, by its file name, or without the ending of either.
 
     Raises:
         ValueError: it has no entry.
@@ -138,6 +138,9 @@ def faces_of(faces: Mapping[str, Faces], name: str) -> Faces:
     for key in (name, Path(name).name, Path(name).stem):
         if key in faces:
             return faces[key]
+    without_ending = [key for key in faces if Path(key).stem == name]
+    if len(without_ending) == 1:
+        return faces[without_ending[0]]
     raise ValueError(
         f"The face embeddings have no entry for the picture '{name}' (they have {len(faces)}, such as "
         f"'{next(iter(faces), '')}'): add it, with an empty list where it has no face."

@@ -88,7 +88,9 @@ class DecoupledAttention:
             return None
         if self.mask is None:
             return key_value, self.weights[block]
-        mask = F.interpolate(self.mask[:, None].to(key_value.device).float(), size=tuple(size), mode="area")
+        mask = self.mask[:, None].to(key_value.device).float()
+        if mask.shape[-2:] != tuple(size):
+            mask = F.interpolate(mask, size=tuple(size), mode="area")
         return key_value, self.weights[block] * mask.flatten(2).transpose(1, 2)
 
 

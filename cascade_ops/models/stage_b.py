@@ -1,6 +1,7 @@
 """Stage B: from Stage C's latent to Stage A's 4-channel latent, 256 x 256 for a picture of 1024 x 1024."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,13 +77,16 @@ class StageB(CascadeUNet):
             for conv in (mapper[0], mapper[2]):
                 nn.init.normal_(conv.weight, std=0.02)
 
-    def picture_condition(self, effnet: Tensor, pixels: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """Map Stage C's latent and the optional small picture to the token grid.
+    def on_tokens(self, effnet: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resize Stage C latents ``[N, c_effnet, h, w]`` to `size`, rows and columns of tokens; float32."""
+        return F.interpolate(effnet.float(), size=size, mode="bilinear", align_corners=True)
+
+    def token_condition(self, latent: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """Map Stage C's latent and the optional small picture to what the tokens of a picture, or of a part of it, get.
 
         Args:
-            effnet: Stage C latent ``[N, c_effnet, h, w]``, resized here to the grid.
-            pixels: small picture ``[N, c_pixels, p, q]``; None is a black one, as in the release.
-            size: rows and columns of tokens.
+            latent: ``[N, c_effnet, rows, columns]``, from `on_tokens` or a part of it.
+            pixels: small picture of the same part ``[N, c_pixels, p, q]``; None is a black one, as in the release.
 
         Returns:
             ``[N, rows, columns, c_hidden[0]]``, to be added to the embedded latent.
@@ -91,13 +95,17 @@ class StageB(CascadeUNet):
         def mapped(x: Tensor, mapper: nn.Sequential) -> Tensor:
             return layer_norm(pointwise(F.gelu(pointwise(x, mapper[0])), mapper[2]))
 
-        latent = F.interpolate(effnet.float(), size=size, mode="bilinear", align_corners=True)
         # One black pixel maps to what any number of them does.
-        pixels = effnet.new_zeros(1, self.c_pixels, 1, 1) if pixels is None else pixels
+        pixels = latent.new_zeros(1, self.c_pixels, 1, 1) if pixels is None else pixels
         picture = mapped(as_channels_last(pixels.to(self.dtype)), self.pixels_mapper)
         if picture.shape[1:3] != (1, 1):
-            picture = resize(picture.float(), size).to(self.dtype)
+            picture = resize(picture.float(), latent.shape[2:]).to(self.dtype)
         return mapped(as_channels_last(latent.to(self.dtype)), self.effnet_mapper) + picture
+
+    def prepare_text(self, timesteps: Tensor, clip: Tensor, sca: Tensor | None = None) -> Prepared:
+        """`prepare` without the picture conditions, which are added to the embedded latent."""
+        tokens = self.clip_mapper(clip.to(self.dtype)).reshape(len(clip), -1, self.c_cond)
+        return self.prepare_blocks(timesteps, layer_norm(tokens), {"sca": sca})
 
     def prepare(
         self,
@@ -118,10 +126,8 @@ class StageB(CascadeUNet):
             pixels: optional small picture ``[N, 3, p, q]``.
             sca: size condition ``[N]`` or scalar; None counts as 0.
         """
-        tokens = self.clip_mapper(clip.to(self.dtype)).reshape(len(clip), -1, self.c_cond)
-        prepared = self.prepare_blocks(timesteps, layer_norm(tokens), {"sca": sca})
-        added = self.picture_condition(effnet, pixels, self.token_size(*size))
-        return Prepared(prepared.modulations, prepared.key_values, added)
+        grid = self.on_tokens(effnet, self.token_size(*size))
+        return replace(self.prepare_text(timesteps, clip, sca), added=self.token_condition(grid, pixels))
 
     def forward(
         self,

@@ -33,7 +33,7 @@ from .settings import PRECISIONS, ControlNetSettings, Data, Loss, Optimizer, Set
 from .targets.controlnet import ControlNetObjective
 
 # Targets whose step can run without numbers; those of the small encoders decide by what is in a batch.
-_COUNTED = ("stage_c", "stage_b", "lora", "textual_inversion", "controlnet", "ip_adapter")
+_COUNTED = ("stage_c", "stage_b", "lora", "textual_inversion", "lcm", "controlnet", "ip_adapter")
 _OWN_NETWORK = ("stage_c", "stage_b", "stage_a", "latent_encoder", "text_encoder", "image_encoder")
 _FLOAT = 4
 

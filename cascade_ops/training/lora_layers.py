@@ -8,15 +8,17 @@ et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..adapters.changes import rescaled, sizes
 from ..adapters.dialects.fusing import fuse
 from ..adapters.dialects.reference import adaptable, walked
-from ..adapters.lora import LoRAWeights, rescaled, sizes
+from ..adapters.lora import LoRAWeights
 from ..adapters.names import FUSED, layer_of
 from .settings import LoRA as LoRASettings
 
@@ -33,7 +35,7 @@ class LoRALayer(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, thirds: int, dora: bool, generator: torch.Generator):
         super().__init__()
-        self.alpha = alpha
+        self.alpha, self.active = alpha, True
         self.down = nn.Parameter(torch.zeros(rank, *weight.shape[1:]))
         self.up = nn.Parameter(torch.randn(len(weight), rank, generator=generator))
         self.dora_scale: nn.Parameter | None = None
@@ -43,6 +45,8 @@ class LoRALayer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The changed weight, in the dtype of `weight`; the sum is made in float32."""
+        if not self.active:
+            return weight
         with torch.autocast(weight.device.type, enabled=False):
             delta = (self.up @ self.down.flatten(1)).reshape(weight.shape)
             changed = weight.float() + self.alpha / len(self.down) * delta
@@ -78,6 +82,19 @@ class LoRALayer(nn.Module):
         self.up.copy_(change.up * (change.alpha / self.alpha))
         if self.dora_scale is not None and change.dora_scale is not None:
             self.dora_scale.copy_(change.dora_scale.expand_as(self.dora_scale))
+
+
+@contextmanager
+def switched_off(layers: Iterable[LoRALayer]) -> Iterator[None]:
+    """The frozen network as it was without `layers`, inside the block."""
+    layers = list(layers)
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
 
 
 def private_copy(network: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ TARGETS = (
     "image_encoder",
     "lora",
     "textual_inversion",
+    "lcm",
     "controlnet",
     "ip_adapter",
 )
@@ -167,6 +168,20 @@ class LoRA:
 
 
 @dataclass(frozen=True)
+class LCM:
+    """What a LoRA for few steps is distilled for (Luo et al. 2023); its size is in `LoRA`.
+
+    steps: of the lcm sampler. teacher_steps: of the model itself, with guidance, from each of these steps to the next.
+    guidance: of the model itself; shift: of the schedule of both; 0 is the model's own.
+    """
+
+    steps: int = 4
+    teacher_steps: int = 5
+    guidance: float = 0.0
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class ControlNetSettings:
     """kind: one of CONTROL_KINDS. embeddings: for identity, a file with face boxes and embeddings per picture."""
 
@@ -252,6 +267,7 @@ class Settings:
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
     lora: LoRA = LoRA()
+    lcm: LCM = LCM()
     tokens: tuple[Token, ...] = ()
     controlnet: ControlNetSettings = ControlNetSettings()
     ip_adapter: IPAdapterSettings = IPAdapterSettings()

@@ -85,6 +85,10 @@ RANGES: dict[str, Range] = {
     "loss.rescale": _PART,
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,
+    "lcm.steps": _COUNT,
+    "lcm.teacher_steps": _COUNT,
+    "lcm.guidance": _FROM_ZERO,
+    "lcm.shift": _FROM_ZERO,
     "ip_adapter.tokens": _COUNT,
     "ip_adapter.dropout": _SHARE,
     "tokens.vectors": _COUNT,
@@ -104,7 +108,8 @@ PATHS = {
 }
 NO_PATHS = ("", "auto", "none")
 
-_THROUGH_STAGE_C = ("stage_c", "lora", "textual_inversion", "controlnet", "ip_adapter")
+_DENOISING_C = ("stage_c", "lora", "textual_inversion", "controlnet", "ip_adapter")
+_THROUGH_STAGE_C = (*_DENOISING_C, "lcm")
 _DIFFUSION = (*_THROUGH_STAGE_C, "stage_b")
 # Stage B may be trained together with the latent encoder.
 _WITH_STAGE_B = ("stage_b", "latent_encoder")
@@ -114,7 +119,7 @@ _CLIP = ("text_encoder", "image_encoder")
 HAS_EFFECT: dict[str, tuple[str, ...]] = {
     "network": ("stage_c", "stage_b", "stage_a", "latent_encoder", *_CLIP, "controlnet"),
     "gradient_checkpointing": _DIFFUSION,
-    "models.stage_c": ("lora", "textual_inversion", "controlnet", "ip_adapter"),
+    "models.stage_c": ("lora", "textual_inversion", "lcm", "controlnet", "ip_adapter"),
     "models.stage_b": (*_THROUGH_STAGE_C, "latent_encoder"),
     "models.stage_a": (*_DIFFUSION, "latent_encoder"),
     "models.latent_encoder": _DIFFUSION,
@@ -122,19 +127,21 @@ HAS_EFFECT: dict[str, tuple[str, ...]] = {
     "models.text_encoder": (*_DIFFUSION, "latent_encoder", "image_encoder"),
     "models.image_encoder": _THROUGH_STAGE_C,
     "data.caption_dropout": (*_DIFFUSION, "latent_encoder"),
-    "data.image_embedding_dropout": ("stage_c", "lora", "textual_inversion", "controlnet"),
+    "data.image_embedding_dropout": ("stage_c", "lora", "textual_inversion", "lcm", "controlnet"),
     "prior": ("stage_c", "lora", "textual_inversion"),
-    "loss": (*_DIFFUSION, "latent_encoder"),
+    "loss": (*_DENOISING_C, *_WITH_STAGE_B),
     "loss.pyramid_noise": _WITH_STAGE_B,
     "loss.condition_noise": _WITH_STAGE_B,
     "loss.latent_dropout": _WITH_STAGE_B,
     "loss.rescale": ("stage_b",),
-    "lora": ("lora",),
+    "lora": ("lora", "lcm"),
+    "lcm": ("lcm",),
     "tokens": ("lora", "textual_inversion"),
     "controlnet": ("controlnet",),
     "ip_adapter": ("ip_adapter",),
     "samples": _THROUGH_STAGE_C,
     "samples.pictures": ("controlnet", "ip_adapter"),
+    "samples.steps": _DENOISING_C,
     "encoders": ("stage_a", "latent_encoder", *_CLIP),
     "encoders.crop": ("stage_a",),
     "encoders.noise": ("stage_a", "latent_encoder"),

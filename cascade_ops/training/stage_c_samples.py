@@ -15,13 +15,13 @@ from ..sizes import stage_c_size
 from ..stages import encode_text
 from .settings import Settings
 
-_RELEASE = {"guidance": 4.0, "shift": 2.0}
+_RELEASE = {"guidance": 4.0, "shift": 2.0, "sampler": "ddpm"}
 
 
 class StageCSampler:
     """Samples a Stage C that is being trained, at the size it is trained on.
 
-    defaults: guidance and shift of that model; the release's where they are empty.
+    defaults: guidance and shift of that model, the release's where they are empty; sampler, ddpm where it is not said.
     """
 
     def __init__(self, text_encoder: StageHandle, settings: Settings, defaults: dict[str, Any] | None = None):
@@ -49,6 +49,7 @@ class StageCSampler:
                 StageCDenoiser(module, cond, uncond, **attached),
                 draw_noise(generators, shape, device),
                 steps=steps,
+                sampler=self.defaults["sampler"],
                 shift=self.defaults["shift"],
                 guidance=Guidance(self.defaults["guidance"]),
                 generators=generators,

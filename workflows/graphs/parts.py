@@ -90,3 +90,10 @@ def save(
     id: int, images: int, prefix: str = "cascade", title: str | None = None, height: int = 380, output: int = 0
 ) -> Node:
     return Node(id, "SaveImage", {"images": (images, output), "filename_prefix": prefix}, title, height=height)
+
+
+IMAGE_ENCODER = Node(7, "CascadeLoadImageEncoder", said=True)
+# In another repository than the rest.
+IMAGE_ENCODER_ROW = """\
+| `image_encoder/model` of [the prior](https://huggingface.co/stabilityai/stable-cascade-prior) | clip_vision |
+"""

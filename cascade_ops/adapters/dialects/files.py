@@ -16,8 +16,10 @@ from ...checkpoints.reading import TensorReader
 from ...checkpoints.saving import write_tensors
 from ...checkpoints.source import open_source
 from ..lora import LoRA
-from ..tokens import LearnedToken, delta_of, reference_tokens, tokens_from_metadata, tokens_metadata
+from ..tokens import LearnedToken, delta_of, reference_tokens, renamed, tokens_from_metadata, tokens_metadata
 from . import named, reference
+from .foreign import described, other_lora
+from .fusing import loras
 from .names import read_name
 
 DIALECTS = ("comfyui", "reference", "diffusers", "onetrainer")
@@ -51,34 +53,37 @@ def read_lora(
 
     base: the Stage C that it is for; only the reference's layout needs it, where the file does not name its changes.
     modules: module filters that such a file was trained with; None takes what the file says, else ``.attn``, else all.
-    tokens: for a file that does not say what its learned tokens are, each one's text and initial words, in order.
+    tokens: text and initial words of each learned token that is new, in the order of the file, which the reference's
+    files do not say; for others, new names (see `tokens.renamed`).
 
     Raises:
         ValueError: not a safetensors file, no LoRA of Stable Cascade, or one that does not fit `base`.
     """
     source = open_source(path)
     name = shown(source.path)
+    if title := other_lora(source.tensors):
+        raise CheckpointError(
+            f"{name} is a LoRA of {title}, expected one of Stable Cascade's Stage C or its text encoder: choose "
+            "another file."
+        )
     dialect = dialect_of(source.tensors)
     if not dialect:
-        found = next(iter(source.tensors), "none")
-        raise CheckpointError(
-            f"{name} holds no LoRA of Stable Cascade in a known dialect (its first tensor: '{found}'), expected names "
-            "such as 'lora_unet_down_blocks_0_2_attention_attn_to_q.lora_down.weight': choose another file."
-        )
+        raise CheckpointError(f"{name} {described(source)}.")
     with TensorReader() as reader:
         tensors = {key: reader.read(Recipe((entry,))) for key, entry in source.tensors.items()}
-    config = _config(source.metadata, name)
+    config, defaults = _json(source.metadata, "cascade.config", name), _json(source.metadata, "cascade.defaults", name)
     said = tokens_from_metadata(source.metadata, name)
-    if tokens:
-        said = [{"token": token, "init": init} for token, init in tokens]
     if dialect == "reference":
         weights = _reference_weights(tensors, base, modules, config, name)
-        known = reference_tokens(tensors, said, name)
+        known = renamed(reference_tokens(tensors, said, name), tokens, name)
         unread = tuple(key for key in tensors if not reference.is_reference([key]) and "embeddings." not in key)
-        return LoRA(weights, known, config, name, unread)
+        return LoRA(weights, known, config, name, unread, defaults)
     plain = {key: tensor for key, tensor in tensors.items() if not named.is_bundled(key)}
     weights, unread = named.read_weights(plain)
-    return LoRA(weights, _named_tokens(tensors, said), config, name, unread)
+    known = _named_tokens(tensors, said)
+    if not weights and not known:
+        raise CheckpointError(f"{name} {described(source)}.")
+    return LoRA(weights, renamed(known, tokens, name), config, name, unread, defaults)
 
 
 def _reference_weights(
@@ -121,7 +126,7 @@ def read_tokens(path: str | Path, tokens: Sequence[tuple[str, str]] = ()) -> tup
     """
     source = open_source(path)
     name = shown(source.path)
-    said = [{"token": token, "init": init} for token, init in tokens] or tokens_from_metadata(source.metadata, name)
+    said = tokens_from_metadata(source.metadata, name)
     with TensorReader() as reader:
         tensors = {
             key: reader.read(Recipe((entry,)))
@@ -131,14 +136,15 @@ def read_tokens(path: str | Path, tokens: Sequence[tuple[str, str]] = ()) -> tup
     if "clip_g" in tensors:
         vectors = tensors["clip_g"].float()
         entry = {"token": f"[{source.path.stem}]", **(said[0] if said else {})}
-        return (LearnedToken(**{**entry, "vectors": vectors.reshape(-1, vectors.shape[-1])}),)
-    found = reference_tokens(tensors, said, name) or _named_tokens(tensors, said)
-    if not found:
+        found = LearnedToken(**{**entry, "vectors": vectors.reshape(-1, vectors.shape[-1])})
+        return renamed([found], tokens, name)
+    every = reference_tokens(tensors, said, name) or _named_tokens(tensors, said)
+    if not every:
         raise CheckpointError(
             f"{name} holds no learned token, expected a tensor called clip_g or embeddings.embeddings, or a LoRA with "
             "tokens: choose another file."
         )
-    return found
+    return renamed(every, tokens, name)
 
 
 def write_lora(
@@ -148,24 +154,29 @@ def write_lora(
     *,
     base: nn.Module | None = None,
     modules: Sequence[str] | None = None,
+    defaults: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a LoRA as a safetensors file, float32; it appears under its name when it is complete.
 
     base, modules: the Stage C and the module filters, for the reference's dialect alone; modules None takes what the
-    LoRA says, else ``.attn``.
+    LoRA says, else ``.attn``. defaults: sampling values of Stage C that it wants, such as ``{"guidance": 1.0}`` of one
+    for few steps, see `LoRA`; None takes the LoRA's own.
 
     The metadata holds the tokens, what training said (``cascade.config``) and, for tools that show them, kohya's
     ``ss_network_dim`` and ``ss_network_alpha``.
 
     Raises:
-        ValueError: an unknown dialect, or a change that it has no place for.
+        ValueError: an unknown dialect, a change that it has no place for, or one that is no LoRA.
     """
     path = Path(path)
+    if defaults is not None:
+        lora = replace(lora, defaults=defaults)
     if dialect not in DIALECTS:
         raise ValueError(f"The LoRA dialect {dialect!r} is unknown, expected one of {', '.join(DIALECTS)}.")
     config = dict(lora.config)
-    config.setdefault("rank", max(change.rank for change in lora.weights.values()))
-    config.setdefault("alpha", next(iter(lora.weights.values())).alpha)
+    weights = loras(lora.weights)
+    config.setdefault("rank", max(change.rank for change in weights.values()))
+    config.setdefault("alpha", next(iter(weights.values())).alpha)
     metadata = {"format": "pt", "cascade.stage": "lora", **tokens_metadata(lora.tokens)}
     if dialect == "reference":
         if base is None:
@@ -181,6 +192,8 @@ def write_lora(
         if dialect == "onetrainer":
             tensors |= named.write_bundled(lora.tokens)
     metadata["cascade.config"] = json.dumps(config)
+    if lora.defaults:
+        metadata["cascade.defaults"] = json.dumps(dict(lora.defaults))
     write_tensors(path, {key: _entry(tensor) for key, tensor in tensors.items()}, metadata)
     return path
 
@@ -228,17 +241,16 @@ def _entry(tensor: Tensor):
     return tensor.dtype, tuple(tensor.shape), lambda: tensor
 
 
-def _config(metadata: Mapping[str, str], name: str) -> dict:
-    """What our own files say of their training."""
-    if metadata.get("cascade.stage") != "lora" or "cascade.config" not in metadata:
+def _json(metadata: Mapping[str, str], key: str, name: str) -> dict:
+    """What our own files say of their training (``cascade.config``) and of sampling (``cascade.defaults``)."""
+    if metadata.get("cascade.stage") != "lora" or key not in metadata:
         return {}
     try:
-        config = json.loads(metadata["cascade.config"])
+        said = json.loads(metadata[key])
     except ValueError:
-        config = None
-    if not isinstance(config, dict):
+        said = None
+    if not isinstance(said, dict):
         raise CheckpointError(
-            f"{name} has in its metadata 'cascade.config' {metadata['cascade.config'][:60]!r}, expected a JSON object: "
-            "save it again."
+            f"{name} has in its metadata '{key}' {metadata[key][:60]!r}, expected a JSON object: save it again."
         )
-    return config
+    return said

@@ -7,19 +7,34 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..changes import WeightChange
 from ..lora import LoRAWeights
 from ..names import FUSED, located, thirds_of
 
 
-def split(weights: Mapping[str, LoRAWeights]) -> dict[str, LoRAWeights]:
+def loras(weights: Mapping[str, WeightChange]) -> dict[str, LoRAWeights]:
+    """The same changes; ValueError for one that is no LoRA."""
+    result = {}
+    for name, change in weights.items():
+        if not isinstance(change, LoRAWeights):
+            kind = type(change).__name__.removesuffix("Weights")
+            raise ValueError(
+                f"'{name}' is changed by a {kind}, which can be applied but neither written nor trained on, expected a "
+                "LoRA there: choose a LoRA."
+            )
+        result[name] = change
+    return result
+
+
+def split(weights: Mapping[str, WeightChange]) -> dict[str, LoRAWeights]:
     """With thirds in place of fused changes: the three share `down`, and `up` is cut by rows, so the change stays the
     same.
 
     Raises:
-        ValueError: a DoRA whose sizes are of all three together.
+        ValueError: a DoRA whose sizes are of all three together; a change of another kind.
     """
     result: dict[str, LoRAWeights] = {}
-    for name, change in weights.items():
+    for name, change in loras(weights).items():
         if not name.endswith(FUSED):
             _add(result, name, change)
             continue
@@ -52,18 +67,18 @@ def _add(weights: dict[str, LoRAWeights], name: str, change: LoRAWeights) -> Non
     weights[name] = change
 
 
-def fuse(weights: Mapping[str, LoRAWeights]) -> dict[str, LoRAWeights]:
+def fuse(weights: Mapping[str, WeightChange]) -> dict[str, LoRAWeights]:
     """With fused changes in place of thirds.
 
     Thirds that share `down` and alpha, as those from `split` do, become what they were. Others are put side by side:
     the rank is the sum of theirs, and each row of `up` uses its own part of it. Missing thirds do not change.
 
     Raises:
-        ValueError: a DoRA for some of the thirds only.
+        ValueError: a DoRA for some of the thirds only; a change of another kind.
     """
     result: dict[str, LoRAWeights] = {}
     groups: dict[str, dict[int, LoRAWeights]] = {}
-    for name, change in weights.items():
+    for name, change in loras(weights).items():
         target, third = located(name)
         if third is None:
             result[name] = change

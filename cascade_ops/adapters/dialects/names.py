@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..names import FUSED, stage_of
 
-# Leaf -> what it is. The first two styles are kohya's and PEFT's; the last line is PEFT's name of DoRA's sizes.
+# Leaf -> what it is. The first two styles are kohya's and PEFT's; then comes PEFT's name of DoRA's sizes, and LyCORIS.
 LEAVES = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -24,7 +24,12 @@ LEAVES = {
     ".dora_scale": "dora_scale",
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_magnitude_vector": "magnitude",
+    ".lora_mid.weight": "mid",
+    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
+# Before the rest of a name: what PEFT's own files put there.
+_WRAPPER = "base_model.model."
 
 # Longest first. `lora_prior_prior_` and `attn_to_out_proj` are OneTrainer's of February 2024.
 _PREFIXES = {
@@ -79,6 +84,7 @@ def read_name(key: str) -> Piece | None:
 
 
 def _published(stem: str) -> str:
+    stem = stem.removeprefix(_WRAPPER)
     prefix = next(prefix for prefix in _PREFIXES if stem.startswith(prefix))
     layer = stem[len(prefix) :]
     dotted = _dotted(layer) if "." not in layer else layer

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..changes import WeightChange
 from ..lora import LoRAWeights
 from ..names import FUSED, matches
 from .fusing import fuse
@@ -89,7 +90,7 @@ def _change(pair: Mapping[str, Tensor], shape: Sequence[int]) -> LoRAWeights:
 
 
 def write_weights(
-    weights: Mapping[str, LoRAWeights], base: Mapping[str, Sequence[int]], modules: Sequence[str]
+    weights: Mapping[str, WeightChange], base: Mapping[str, Sequence[int]], modules: Sequence[str]
 ) -> dict[str, Tensor]:
     """The tensors of a file, float32. Modules that are not changed get zeros, and smaller ranks are filled up.
 

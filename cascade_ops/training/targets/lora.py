@@ -67,7 +67,7 @@ def build(settings: Settings, parts: Parts) -> LoRAObjective:
         ValueError: settings that no file of the chosen dialects could hold, or that do not fit the model or the file
             to go on with.
     """
-    _check_dialects(settings)
+    check_dialects(settings)
     handle, text_encoder = parts.load("stage_c"), parts.load("text_encoder")
     start = None if settings.models.init == "none" else read_lora(settings.models.init, handle.module)
     tokens = None
@@ -83,7 +83,7 @@ def build(settings: Settings, parts: Parts) -> LoRAObjective:
     return objective
 
 
-def _check_dialects(settings: Settings) -> None:
+def check_dialects(settings: Settings) -> None:
     """Refuse before the training what would be refused after it."""
     lora = settings.lora
     if not lora.dialects:

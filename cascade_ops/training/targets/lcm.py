@@ -1,0 +1,146 @@
+"""A LoRA for few steps, distilled from the model itself: what the lcm sampler needs.
+
+Source: Luo et al., "Latent Consistency Models" (2023, arXiv 2310.04378) and "LCM-LoRA" (2023, arXiv 2311.05556), on the
+consistency distillation of Song et al. (2023, arXiv 2303.01469); the few noise levels with an end each of Heek et al.,
+"Multistep Consistency Models" (2024, arXiv 2403.06807), with clean latents as every end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...adapters.dialects import read_lora
+from ...adapters.lora import LoRA
+from ...diffusion import Guidance, add_noise, log_snr_at, noise_cond, signal_and_noise, step_times
+from ...handles import StageHandle
+from ..draws import Draws
+from ..lora_layers import switched_off
+from ..memory_saving import checkpoint_blocks
+from ..objective import Batch, StepResult
+from ..parts import Parts
+from ..settings import Loss, Settings
+from ..stage_c_samples import StageCSampler
+from .lora import LoRAObjective, check_dialects
+
+Conditions = tuple[Tensor, Tensor, Tensor]
+
+
+class LCMObjective(LoRAObjective):
+    """Makes one step of the lcm sampler end where many guided steps of the plain model end.
+
+    Latents are noised to one of the levels at which the sampler will call the model. From there the plain model, which
+    is the teacher, goes to the next of these levels in small guided DDIM steps; what the student takes for the clean
+    latent there, as it is now, is what it is to say at the first level already. From the last level the teacher goes
+    to the end. So the student's answers at the last level become the teacher's, and then those before, one by one. The
+    teacher's guidance is learned with it: sampling wants a guidance of 1.
+
+    The error is the clean latent's, weighted with the square root of the signal-to-noise ratio. At the first level,
+    which is almost pure noise, a wrong noise is a clean latent a hundred times as wrong: the clean latent's error alone
+    would be that of the first level and nothing else, the noise's error next to nothing there.
+    """
+
+    def __init__(self, settings: Settings, handle: StageHandle, text_encoder: StageHandle, start: LoRA | None = None):
+        # Of the diffusion losses the one that is weighted so.
+        super().__init__(replace(settings, loss=Loss(weight="debiased")), handle, text_encoder, None, start)
+        own, lcm = handle.info.defaults, settings.lcm
+        self.shift = lcm.shift or own["shift"]
+        self.guidance = Guidance(lcm.guidance or own["guidance"])
+        times = step_times(lcm.steps * lcm.teacher_steps)
+        # [steps, teacher steps + 1]: the levels between each of the sampler's and the next.
+        self.levels = log_snr_at(times, shift=self.shift).unfold(0, lcm.teacher_steps + 1, lcm.teacher_steps)
+        self.train()
+
+    def train(self, mode: bool = True) -> LCMObjective:
+        """Training mode without dropout: teacher and student are compared as they will sample."""
+        super().train(mode)
+        self.module.eval()
+        return self
+
+    def forward(self, batch: Batch, draws: Draws) -> StepResult:
+        conditions = self.loss.conditions(batch, draws)
+        latent = batch["stage_c_latent"].float()
+        levels = self.levels[draws.integers(len(self.levels))]
+        first = levels[:, 0]
+        noised = add_noise(latent, draws.normal(*latent.shape[1:]).to(latent.device), first.to(latent.device))
+        with torch.no_grad():
+            wanted = self._wanted(noised, levels, conditions)
+        a, b = _factors(first, noised)
+        found = self._noise(noised, first, conditions)
+        error = (found - (noised - a * wanted) / b).square().mean(dim=(1, 2, 3))
+        weight = self.loss.diffusion.weight(first).to(error.device)
+        if "loss_weight" in batch:
+            weight = weight * batch["loss_weight"].to(error.device)
+        clean_error = (error.detach() * (b / a).flatten().square()).mean()
+        return StepResult((error * weight).mean(), error.detach(), first, {"clean_mse": clean_error})
+
+    def _wanted(self, x: Tensor, levels: Tensor, conditions: Conditions) -> Tensor:
+        """The clean latents ``[B, C, h, w]`` to be named at the first of ``levels [B, teacher steps + 1]``."""
+        with switched_off(self.layers.values()):
+            for now, after in zip(levels.T[:-1], levels.T[1:], strict=True):
+                noise = self._guided(x, now, conditions)
+                a, b = _factors(now, x)
+                end = (x - b * noise) / a
+                a, b = _factors(after, x)
+                x = a * end + b * noise
+        last = levels[:, -1]
+        a, b = _factors(last, x)
+        student = (x - b * self._noise(x, last, conditions)) / a
+        # At the end of the schedule there is nothing left to say: the teacher's clean latent is the answer.
+        ended = (last >= self.levels[-1, -1]).view(-1, 1, 1, 1).to(x.device)
+        return torch.where(ended, end, student)
+
+    def _guided(self, x: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
+        """The teacher's noise."""
+        if self.guidance.scale == 1:
+            return self._noise(x, level, conditions)
+        nothing = (self.loss.hidden, self.loss.pooled, conditions[2].new_zeros(1, 1, 1))
+        both = [
+            torch.cat([some, none.to(some).expand_as(some)]) for some, none in zip(conditions, nothing, strict=True)
+        ]
+        with_prompt, without = self._noise(torch.cat([x, x]), level.repeat(2), both).chunk(2)
+        return self.guidance.combine(with_prompt, without, self.guidance.scale)
+
+    def _noise(self, x: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
+        """What the model, with the LoRA where it is not switched off, takes for the noise of ``x [B, C, h, w]``."""
+        return self.module(x, noise_cond(level).to(x.device), *conditions).float()
+
+    def lora(self) -> LoRA:
+        """What was learned so far. It says with which guidance, steps and shift it is to be sampled."""
+        lcm, learned = self.settings.lcm, super().lora()
+        config = {**learned.config, "distilled": {"steps": lcm.steps, "guidance": self.guidance.scale}}
+        return replace(learned, config=config, defaults={"guidance": 1.0, "steps": lcm.steps, "shift": self.shift})
+
+    def sample(self, prompts: list[str], pictures: list[Tensor], seed: int, steps: int) -> Tensor:
+        """As it is meant to be sampled; `steps` are the settings'."""
+        defaults = {"guidance": 1.0, "shift": self.shift, "sampler": "lcm"}
+        sampler = StageCSampler(self.plain_encoder, self.settings, defaults)
+        return sampler(self.module, prompts, seed, self.settings.lcm.steps)
+
+
+def _factors(level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`signal_and_noise` of ``level [B]``, to multiply ``x [B, C, h, w]`` with."""
+    a, b = signal_and_noise(level.to(x.device).view(-1, 1, 1, 1))
+    return a, b
+
+
+def build(settings: Settings, parts: Parts) -> LCMObjective:
+    """A LoRA of the settings' Stage C for few steps; `models.init` is a LoRA file to go on with.
+
+    Raises:
+        ValueError: settings that no file of the chosen dialects could hold, or that do not fit the model or the file
+            to go on with; that file has learned words, which this training would lose.
+    """
+    check_dialects(settings)
+    handle, text_encoder = parts.load("stage_c"), parts.load("text_encoder")
+    start = None if settings.models.init == "none" else read_lora(settings.models.init, handle.module)
+    if start is not None and start.tokens:
+        raise ValueError(
+            f"The LoRA to go on with has learned the token {start.tokens[0].token!r}, expected none: a LoRA for few "
+            "steps has no words of its own; apply both when sampling instead."
+        )
+    objective = LCMObjective(settings, handle, text_encoder, start)
+    checkpoint_blocks(objective.module, settings.gradient_checkpointing)
+    return objective
