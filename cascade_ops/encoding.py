@@ -17,8 +17,9 @@ from .framing import RESIZES, Fit, Frame, Resize, frame_of, longest_side
 from .handles import StageHandle
 from .masks import picture_mask
 from .models.effnet import normalize_imagenet
-from .sizes import STAGE_A_COMPRESSION, STAGE_B_PATCH, encoder_picture_size, stage_c_size
+from .sizes import STAGE_A_COMPRESSION, STAGE_B_PATCH, encoder_picture_size, stage_b_size, stage_c_size
 from .threads import threads_for
+from .tiles import tile_count, tiled_encode
 from .wires import Latent
 
 Callback = Callable[[int], None]
@@ -38,7 +39,8 @@ def stage_c_frame(
     tiny family): a picture of 6000 x 4000 becomes 2560 x 1704. A higher compression allows for more.
     """
     longest = longest_side(handle.expect("latent_encoder").family, compression)
-    return frame_of(*as_channels_first(image).shape[-2:], width, height, fit, longest)
+    picture_height, picture_width = as_channels_first(image).shape[-2:]
+    return frame_of(picture_height, picture_width, width, height, fit, longest)
 
 
 @torch.no_grad()
@@ -85,15 +87,21 @@ def encode_stage_c(
 
 @torch.no_grad()
 def encode_stage_a(
-    handle: StageHandle, image: Tensor, *, mask: Tensor | None = None, callback: Callback | None = None
+    handle: StageHandle,
+    image: Tensor,
+    *,
+    mask: Tensor | None = None,
+    callback: Callback | None = None,
+    tile: int = 0,
 ) -> Latent:
     """Stage B latents ``[n, 4, 2 ceil(H / 8), 2 ceil(W / 8)]`` of an `IMAGE` ``[n, H, W, 3]``, 0..1, by Stage A.
 
     Sides that are no multiples of 8 are padded with the pixels of the edge; decoding gives back the size of the picture
-    exactly. mask: as in `encode_stage_c`.
+    exactly. mask: as in `encode_stage_c`. tile: pixels a side of the tiles that are encoded one after the other, 0 for
+    a picture at once; the result is the same. callback: gets the number of tiles that are done.
 
     Raises:
-        ValueError: a wrong stage, picture or mask.
+        ValueError: a wrong stage, picture or mask, or a tile that is too small.
     """
     handle.expect("stage_a")
     pictures = as_channels_first(image)
@@ -102,11 +110,18 @@ def encode_stage_a(
     pad = (0, -width % cell, 0, -height % cell)
     masks = None if mask is None else F.pad(picture_mask(mask, count, height, width), pad, mode="replicate")
 
-    def encode(picture: Tensor) -> Tensor:
-        return handle.module.encode(F.pad(picture.to(handle.device), pad, mode="replicate"))[0]
+    each = tile_count(stage_b_size(height, width), tile)
+    samples: list[Tensor] = []
 
-    samples = _one_by_one(handle, pictures, encode, callback)
-    return Latent(samples, width, height, masks, family=handle.family)
+    def report(done: int) -> None:
+        if callback is not None:
+            callback(len(samples) * each + done)
+
+    for picture in pictures.split(1):
+        with threads_for(handle):
+            padded = F.pad(picture, pad, mode="replicate")
+            samples.append(tiled_encode(handle.module, padded, tile, report, handle.device))
+    return Latent(torch.cat(samples), width, height, masks, family=handle.family)
 
 
 def _one_by_one(

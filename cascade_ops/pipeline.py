@@ -108,6 +108,8 @@ class CascadePipeline:
         settings_b: stages.SamplingSettings | None = None,
         callback: PipelineCallback | None = None,
         images: Sequence[ImagePrompt] = (),
+        compression: float = 0.0,
+        tile: int = 0,
     ) -> list[Image.Image]:
         """Make `batch_size` pictures of a prompt; picture i has the seed ``seed + i``.
 
@@ -115,6 +117,8 @@ class CascadePipeline:
         settings_b: everything else about sampling; steps and guidance in them are replaced by the arguments.
         callback: called with the stage's name and a `StepInfo` after every step; an exception it raises ends the run.
         images: pictures that Stage C reads beside the prompt, all of them for every picture that is made.
+        compression: pixels per cell of Stage C, 0 is the published 42.67; see `sizes.proposed_compression` for pictures
+        beyond 2560 pixels. tile: Stage A decodes in tiles of so many pixels, 0 is as a whole.
 
         Raises ValueError for `images` in a pipeline that was loaded without the image encoder.
         """
@@ -134,7 +138,7 @@ class CascadePipeline:
             self.stage_c,
             positive,
             negative,
-            stages.empty_latent(self.stage_c, width, height, batch_size),
+            stages.empty_latent(self.stage_c, width, height, batch_size, compression),
             seed=seed,
             settings=replace(settings_c or default, steps=steps_c, guidance=guidance_c),
             pictures=embed_prompts(self.image_encoder, images) if self.image_encoder is not None else None,
@@ -149,7 +153,7 @@ class CascadePipeline:
             settings=replace(settings_b or default, steps=steps_b, guidance=guidance_b),
             callback=report("stage_b"),
         )
-        pictures = stages.decode_stage_a(self.stage_a, latent)
+        pictures = stages.decode_stage_a(self.stage_a, latent, tile=tile)
         return [stages.to_picture(picture) for picture in pictures]
 
 

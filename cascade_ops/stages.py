@@ -213,7 +213,7 @@ def sample_stage_b(
             "start_latent, or set start to 1."
         )
     pooled = None if negative is None else negative.pooled
-    if stage_b_windows(handle, latent, settings).count > 1:
+    if stage_b_windows(handle, latent, settings).total > 1:
         model = WindowedStageB(model, settings.window, settings.window_overlap, before_window)
     denoiser = StageBDenoiser(model, latent.samples, positive.pooled, pooled)
     samples = _sample(handle, denoiser, target, seed, settings, callback)
@@ -246,7 +246,7 @@ def decode_stage_a(
 
     for samples in latent.samples.split(1):
         with threads_for(handle):
-            picture = tiled_decode(model, samples, tile, report)
+            picture = tiled_decode(model, samples, tile, report, handle.device)
         pictures.append(_as_pictures(picture[..., :height, :width]))
     return torch.cat(pictures)
 

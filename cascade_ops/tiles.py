@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -92,11 +93,11 @@ def tiles_of(size: tuple[int, int], tile: int, reach: int) -> Iterator[Tile]:
     for rows in cuts[0]:
         for columns in cuts[1]:
             kept = rows, columns
-            seen = (
+            around_rows, around_columns = (
                 slice(max(0, part.start - reach), min(length, part.stop + reach))
                 for part, length in zip(kept, size, strict=True)
             )
-            yield Tile(kept, (*seen,))
+            yield Tile(kept, (around_rows, around_columns))
 
 
 def _cuts(length: int, part: int) -> list[slice]:
@@ -105,29 +106,34 @@ def _cuts(length: int, part: int) -> list[slice]:
 
 
 @torch.no_grad()
-def tiled_decode(model: StageA, latent: Tensor, tile: int = 0, done: Done | None = None) -> Tensor:
+def tiled_decode(
+    model: StageA, latent: Tensor, tile: int = 0, done: Done | None = None, device: torch.device | None = None
+) -> Tensor:
     """`StageA.decode` in tiles: latents ``[B, c_latent, h, w]`` to ``[B, 3, 4 h, 4 w]`` float32 in main memory.
 
-    The latent may be anywhere; a tile at a time is moved to the model. tile: pixels a side, 0 for the whole picture at
-    once. done: told after each how many are done, of `tile_count`; an exception it raises ends the run.
+    The latent may be anywhere; a tile at a time is moved to `device`, where the model computes (None: where its weights
+    are). tile: pixels a side, 0 for the whole picture at once. done: told after each how many are done, of
+    `tile_count`; an exception it raises ends the run.
     """
     scale = model.compression
     size = (latent.shape[2], latent.shape[3])
-    device = model.out_block[0].weight.device
+    device = device or next(model.parameters()).device
     picture = torch.empty(len(latent), 3, size[0] * scale, size[1] * scale)
     for number, (kept, seen) in enumerate(tiles_of(size, tile, decoding_reach(model)), start=1):
-        decoded = model.decode(latent[(..., *seen)].to(device))
-        picture[(..., *_scaled(kept, scale))] = decoded[(..., *_scaled(_inside(kept, seen), scale))].float().cpu()
+        decoded = model.decode(latent[_cells(seen)].to(device))
+        picture[_cells(kept, scale)] = decoded[_cells(_inside(kept, seen), scale)].float().cpu()
         if done is not None:
             done(number)
     return picture
 
 
 @torch.no_grad()
-def tiled_encode(model: StageA, image: Tensor, tile: int = 0, done: Done | None = None) -> Tensor:
+def tiled_encode(
+    model: StageA, image: Tensor, tile: int = 0, done: Done | None = None, device: torch.device | None = None
+) -> Tensor:
     """`StageA.encode` in tiles: pictures ``[B, 3, H, W]``, 0..1, to latents ``[B, c_latent, H / 4, W / 4]``.
 
-    The result is float32 in main memory. See `tiled_decode` for `tile` and `done`.
+    The result is float32 in main memory. See `tiled_decode` for `tile`, `done` and `device`.
 
     Raises:
         ValueError: the size is not a multiple of the compression.
@@ -139,11 +145,11 @@ def tiled_encode(model: StageA, image: Tensor, tile: int = 0, done: Done | None 
             "resize it."
         )
     size = (image.shape[2] // scale, image.shape[3] // scale)
-    device = model.out_block[0].weight.device
+    device = device or next(model.parameters()).device
     latent = torch.empty(len(image), model.c_latent, *size)
     for number, (kept, seen) in enumerate(tiles_of(size, tile, encoding_reach(model)), start=1):
-        encoded, _, _ = model.encode(image[(..., *_scaled(seen, scale))].to(device))
-        latent[(..., *kept)] = encoded[(..., *_inside(kept, seen))].float().cpu()
+        encoded, _, _ = model.encode(image[_cells(seen, scale)].to(device))
+        latent[_cells(kept)] = encoded[_cells(_inside(kept, seen))].float().cpu()
         if done is not None:
             done(number)
     return latent
@@ -157,6 +163,7 @@ def _inside(kept: tuple[slice, slice], seen: tuple[slice, slice]) -> tuple[slice
     return rows, columns
 
 
-def _scaled(parts: tuple[slice, slice], scale: int) -> tuple[slice, slice]:
-    rows, columns = (slice(part.start * scale, part.stop * scale) for part in parts)
-    return rows, columns
+def _cells(part: tuple[slice, slice], scale: int = 1) -> tuple[EllipsisType, slice, slice]:
+    """The index of a part of a tensor ``[..., rows, columns]`` with `scale` of them for each cell."""
+    rows, columns = (slice(each.start * scale, each.stop * scale) for each in part)
+    return ..., rows, columns

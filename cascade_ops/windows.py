@@ -34,7 +34,7 @@ class Windows(NamedTuple):
     columns: tuple[Part, ...]
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return len(self.rows) * len(self.columns)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import runtime
+from .latents import tile_input
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,17 +158,18 @@ class CascadeEncodeStageA:
                     },
                 ),
             },
-            "optional": {"mask": _MASK},
+            "optional": {"mask": _MASK, "tile": tile_input("encodes")},
         }
 
-    def encode(self, stage_a: StageHandle, image: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        from ..cascade_ops import encoding, memory, sizes
+    def encode(self, stage_a: StageHandle, image: Tensor, mask: Tensor | None = None, tile: int = 0) -> dict[str, Any]:
+        from ..cascade_ops import encoding, memory, sizes, tiles
 
         runtime.check_interrupted()
         shape = (1, 4, *sizes.stage_b_size(*image.shape[1:3]))
         # Stage A's two halves need as much memory as each other.
-        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, shape))
-        latent = encoding.encode_stage_a(stage_a, image, mask=mask, callback=runtime.progress(len(image)).update)
+        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, shape, tile))
+        bar = runtime.progress(len(image) * tiles.tile_count(shape[2:], tile))
+        latent = encoding.encode_stage_a(stage_a, image, mask=mask, callback=bar.update, tile=tile)
         rows, columns = latent.samples.shape[-2:]
         said = [f"{latent.width} x {latent.height} pixels, Stage B latent {columns} x {rows}, batch of {len(image)}"]
         return {"ui": {"text": said + _masked(latent)}, "result": (latent.to_wire("stage_b"),)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-FOLDER = Path(__file__).parents[1] / "workflows" / "pictures"
+FOLDER = Path(__file__).parents[1] / "workflows" / "examples"
 
 
 class CascadeExampleImage:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..cascade_ops.faces.sessions import Network
 
-EXAMPLE = "faces.jsonl (example)"
+EXAMPLE = "faces.jsonl (bundled)"
 _ENDINGS = (".jsonl", ".safetensors")
 _MODELS = "insightface"
 # Of several fitting files, auto takes one of these first; the others in the order of their names.
@@ -46,8 +46,8 @@ class CascadeLoadFaces:
                     [EXAMPLE, *_face_files()],
                     {
                         "default": EXAMPLE,
-                        "tooltip": "A .jsonl or .safetensors file of the input folder. The example has the objects of "
-                        "the pictures that come with these nodes, which the tiny ControlNet knows instead of faces.",
+                        "tooltip": "A .jsonl or .safetensors file of the input folder. The bundled one has the objects "
+                        "of the example pictures, which the tiny ControlNet knows instead of faces.",
                     },
                 ),
                 "picture": (

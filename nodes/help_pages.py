@@ -63,7 +63,8 @@ def _value(kind: Any, options: dict[str, Any], required: bool) -> str:
     if isinstance(kind, (list, tuple)):
         # Which files there are depends on the machine.
         choices = "one of " + ", ".join(f"`{choice}`" for choice in kind)
-        names = "a file" if any(str(choice).endswith("(bundled)") for choice in kind) else choices
+        of_files = list(kind) == ["auto"] or any(str(choice).endswith("(bundled)") for choice in kind)
+        names = "a file" if of_files else choices
         return f"{names}; default `{options['default']}`"
     said = [f"`{kind}`"]
     if "min" in options:

@@ -50,7 +50,7 @@ class CascadeFeatherMask:
                         "min": 0,
                         "max": 1024,
                         "tooltip": "Pixels over which the mask falls from 1 to 0 outside of the part. For 1024 x 1024, "
-                        "32 to 64 hide the seam; a cell of Stage C is 43 pixels wide.",
+                        "begin with 32 to 64; a cell of Stage C is 43 pixels wide.",
                     },
                 ),
             }

@@ -312,7 +312,7 @@ class CascadeSampleStageB:
         windows = stages.stage_b_windows(stage_b, prior, chosen)
         bytes_needed = memory.sampling_bytes(stage_b, shape, stage_b.module.c_clip_seq, largest=windows.largest)
         stage_a, notes = _fitting(stage_a, stage_b)
-        if windows.count > 1:
+        if windows.total > 1:
             notes.append(f"in {len(windows.columns)} x {len(windows.rows)} windows of {chosen.window} pixels at most")
         show = None
         if not plan.missing:

@@ -1,6 +1,7 @@
 """Checks inside ComfyUI: values of its own nodes into ours, and ours into its own."""
 
 import importlib
+import json
 from types import SimpleNamespace
 
 import torch
@@ -212,6 +213,64 @@ def cores_unclip_pictures_act_as_in_cores_model(inside):
     refused(
         "noise_augmentation of 0.2", sampled_c, inside, stage_c, with_picture(positive, pictures[0], 1.0, 0.2), negative
     )
+
+
+@check
+def our_image_prompts_act_as_in_cores_model(inside):
+    from comfy.clip_vision import ClipVisionModel
+
+    encoder, stage_c = inside.load("ImageEncoder"), inside.load("StageC")
+    config = inside.base / "clip_vision.json"
+    config.write_text(json.dumps({"model_type": "clip_vision_model", "num_channels": 3, **encoder.info.config}))
+    vision = ClipVisionModel(str(config))
+    missing, unexpected = vision.load_sd(encoder.network.state_dict())
+    assert not missing and not unexpected, (missing, unexpected)
+    positive, negative = inside.conditions("")
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(2, 224, 224, 3, generator=generator)
+    by_core = inside.run("CLIPVisionEncode", clip_vision=vision, image=pictures, crop="center")[0]
+    settings = {"weight": 0.7, "crop": "center"}
+    ours = inside.run("CascadeImagePrompt", conditioning=positive, image=pictures, image_encoder=encoder, **settings)[0]
+    theirs = inside.run("CascadeImagePrompt", conditioning=positive, clip_vision_output=by_core, **settings)[0]
+    unclip = {"clip_vision_output": by_core, "strength": 0.7, "noise_augmentation": 0.0}
+    cores = inside.run("unCLIPConditioning", conditioning=positive, **unclip)[0]
+    core = inside.run("CascadeToModel", stage=stage_c)[0].model
+    expected = core.extra_conds(**cores[0][1])["clip_img"].cond
+    assert expected.shape == (1, 2, 96)
+    for wire in (ours, theirs):
+        near(core.extra_conds(**wire[0][1])["clip_img"].cond, expected, 1e-2)
+        near(inside.pack("cascade_ops.wires").read_pictures(wire, "positive"), expected, 1e-2)
+    # Behind one another in either order, and sampled by our node and by core's.
+    chained = inside.run("unCLIPConditioning", conditioning=ours, **unclip)[0]
+    near(core.extra_conds(**chained[0][1])["clip_img"].cond, torch.cat([expected, expected], 1), 1e-2)
+    near(
+        sampled_c(inside, stage_c, ours, negative)["samples"],
+        sampled_c(inside, stage_c, cores, negative)["samples"],
+        0.1,
+    )
+    differ(
+        sampled_c(inside, stage_c, ours, negative)["samples"], sampled_c(inside, stage_c, positive, negative)["samples"]
+    )
+    latent = {"samples": torch.zeros(1, 16, 6, 6)}
+    model = inside.run("CascadeToModel", stage=stage_c)[0]
+    results = [
+        inside.run(
+            "KSampler",
+            model=model,
+            seed=1,
+            steps=3,
+            cfg=2.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=wire,
+            negative=negative,
+            latent_image=latent,
+            denoise=1.0,
+        )[0]["samples"]
+        for wire in (ours, cores, positive)
+    ]
+    near(results[0], results[1], 0.1)
+    differ(results[0], results[2])
 
 
 @check

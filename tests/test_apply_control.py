@@ -187,7 +187,7 @@ def test_a_control_must_have_the_shape_of_the_picture_to_make(stage_c, controlne
         fitted = fitted_control(applied, latent, made[::-1])
         assert fitted.shape == (1, 1, 32 * latent.shape[2], 32 * latent.shape[3])
     else:
-        words = f"picture of {picture[0]} x {picture[1]} and the picture to make is {made[0]} x {made[1]}"
+        words = f"is {picture[0]} x {picture[1]} and the picture to make is {made[0]} x {made[1]}"
         with pytest.raises(ValueError, match=words):
             fitted_control(applied, latent, made[::-1])
 

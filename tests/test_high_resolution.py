@@ -13,8 +13,16 @@ from stable_cascade_nodes.cascade_ops.stages import SamplingSettings
 from stable_cascade_nodes.cascade_ops.wires import Latent, read_latent
 from stable_cascade_nodes.nodes.sizes import ASPECTS
 from stable_cascade_nodes.tiny.checker import read_picture
+from stable_cascade_nodes.workflows.graphs.high_resolution import HIGH_RESOLUTION
+from stable_cascade_nodes.workflows.write import writing
 
-# The wire --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tiny_pipeline():
+    return CascadePipeline.load("tiny")
+
+
+# The wire ------------------------------------------------------------------------------------------------------------
 
 
 def test_compression_travels_with_the_latent(handles):
@@ -49,7 +57,7 @@ def test_sampling_keeps_the_compression_and_gives_the_pixels(host):
     assert said["ui"]["text"][1] == "in 3 x 2 windows of 256 pixels at most"
 
 
-# Nodes -----------------------------------------------------------------------------------------------------------------
+# Nodes ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -125,6 +133,30 @@ def test_the_decoder_counts_tiles_and_can_be_stopped_at_each(host):
         run("CascadeDecodeStageA", **inputs, tile=32)
 
 
+def test_the_encoder_in_tiles_is_the_encoder(host):
+    inputs = {"stage_a": load("CascadeLoadStageA"), "image": torch.rand(2, 60, 100, 3)}
+    whole = run("CascadeEncodeStageA", **inputs)["result"][0]
+    assert whole["samples"].shape == (2, 4, 16, 26)
+    assert [entry[:2] for entry in host.seen] == [(1, 2), (2, 2)]
+    memory = host.placings[-1][1]
+    host.seen.clear()
+    tiled = run("CascadeEncodeStageA", **inputs, tile=32)["result"][0]
+    assert (tiled["samples"] - whole["samples"]).abs().max() < 1e-5
+    assert (tiled["width"], tiled["height"]) == (100, 60)
+    assert [entry[:2] for entry in host.seen] == [(number, 16) for number in range(1, 17)]
+    assert 0 < host.placings[-1][1] < memory
+
+
+def test_the_pipeline_takes_compression_tiles_and_windows(tiny_pipeline):
+    inputs = {"width": 320, "height": 256, "steps_c": 1, "steps_b": 1}
+    plain = np.asarray(tiny_pipeline.generate("a red circle", **inputs)[0])
+    tiled = np.asarray(tiny_pipeline.generate("a red circle", **inputs, tile=128)[0])
+    assert plain.shape == (256, 320, 3) and np.abs(plain.astype(int) - tiled).max() <= 1
+    for change in ({"compression": 64.0}, {"settings_b": SamplingSettings(window=256)}):
+        other = np.asarray(tiny_pipeline.generate("a red circle", **inputs, **change)[0])
+        assert other.shape == plain.shape and np.abs(plain.astype(int) - other).mean() > 0.1, change
+
+
 def test_stage_b_reserves_memory_for_a_window_and_can_be_stopped_in_each(host, monkeypatch):
     latent = Latent(torch.randn(1, 16, 6, 6), 256, 256).to_wire()
     _, inputs = sample_b(host)
@@ -150,8 +182,8 @@ def test_stage_b_reserves_memory_for_a_window_and_can_be_stopped_in_each(host, m
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    pipeline = CascadePipeline.load("tiny")
+def tiny(tiny_pipeline):
+    pipeline = tiny_pipeline
     positive, negative = (
         stages.encode_text(pipeline.text_encoder, text) for text in ("a large red circle on a blue background", "")
     )
@@ -183,3 +215,20 @@ def test_windows_leave_no_seams_and_change_no_content(tiny):
         others = torch.ones(len(flat), dtype=torch.bool)
         others[borders] = False
         assert flat[borders].max() <= flat[others].quantile(0.99)
+
+
+# The example ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_proposed_size_goes_into_the_widgets_of_the_latent():
+    with writing() as writer:
+        latent = writer.api(HIGH_RESOLUTION)["9"]["inputs"]
+        graph = writer.editor(HIGH_RESOLUTION)
+    assert [latent[name] for name in ("width", "height", "compression")] == [["8", 0], ["8", 1], ["8", 2]]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    for link, source, output, target, slot, kind in graph["links"]:
+        socket = nodes[target]["inputs"][slot]
+        assert (socket["link"], socket["type"]) == (link, kind)
+        assert link in nodes[source]["outputs"][output]["links"]
+    assert [link[5] for link in graph["links"] if link[1] == 8] == ["INT", "INT", "FLOAT"]
+    assert nodes[9]["widgets_values"] == [0, 0, 1, 0.0]

@@ -156,6 +156,7 @@ def test_weight_0_is_no_picture_to_the_last_bit(host):
     both = with_picture(image, one, weight=0.0)
     first, second = (samples(run("CascadeSampleStageC", **inputs | {"positive": wire})) for wire in (one, both))
     assert torch.equal(first, second) and not torch.equal(first, samples(plain))
+    assert "unclip_conditioning" not in add_pictures(inputs["positive"], of_core, 0.0)[0][1]
 
 
 def test_a_run_that_was_stopped_encodes_nothing(host, monkeypatch):

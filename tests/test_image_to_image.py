@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from golden import read_golden
 from nodes_kit import run, sample_b, sample_c
 from test_encoding import example, psnr
 
@@ -11,7 +12,7 @@ from stable_cascade_nodes.cascade_ops import encoding, masks, stages
 from stable_cascade_nodes.cascade_ops.attachments import apply_control
 from stable_cascade_nodes.cascade_ops.catalog import bundled
 from stable_cascade_nodes.cascade_ops.control_inputs import inpainting_input
-from stable_cascade_nodes.cascade_ops.diffusion import image_generators, log_snr_at
+from stable_cascade_nodes.cascade_ops.diffusion import image_generators
 from stable_cascade_nodes.cascade_ops.handles import load_stage
 from stable_cascade_nodes.cascade_ops.stages import SamplingSettings
 from stable_cascade_nodes.cascade_ops.wires import Latent
@@ -50,9 +51,10 @@ def first_seen(handles, prompts, monkeypatch, **settings):
 
 
 def noised(t, shift):
-    """The formula: a latent of ones and the noise of seed 4, mixed at the log-SNR of a time."""
+    """The reference's diffusion of a latent of ones with the noise of seed 4, by its own table of log-SNRs."""
     noise = torch.randn(16, 3, 3, generator=image_generators(4, 1)[0])[None]
-    signal = torch.sigmoid(log_snr_at(t, shift=shift))
+    values, _ = read_golden("schedule")
+    signal = torch.sigmoid(values[f"logsnr.shift{shift}"][(values["t"] - t).abs().argmin()])
     return signal.sqrt() + (1 - signal).sqrt() * noise
 
 

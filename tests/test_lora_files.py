@@ -224,6 +224,8 @@ STRANGERS = {
     "Stable Diffusion 3": "diffusion_model.joint_blocks.0.x_block.attn.qkv",
     "Flux": "lora_unet_double_blocks_0_img_attn_qkv",
     "Flux ": "transformer.single_transformer_blocks.0.attn.to_q",
+    "Würstchen 2": "lora_prior_unet_blocks_2_attention_to_q",
+    "Stable Diffusion 3 or Flux": "transformer.transformer_blocks.3.attn.to_q",
     "Stage B of Stable Cascade": "lora_unet_down_blocks_2_2_attention_attn_to_q lora_unet_effnet_mapper_0",
     "Stage B of Stable Cascade ": "up_blocks.3.2.channelwise.0 up_blocks.2.5.attention.attn.out_proj",
 }
@@ -254,3 +256,11 @@ def test_oft_is_named(leaf, tmp_path):
     save_file({f"{stem}.{leaf}": torch.zeros(4, 2, 2), f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"holds OFT .*it turns or multiplies weights where a LoRA adds to them"):
         read_lora(tmp_path / "a.safetensors")
+
+
+def test_a_stage_c_of_more_levels_is_no_stage_b(tmp_path):
+    tensors = {}
+    for level in range(3):
+        tensors |= module("lora_unet_", f"down_blocks.{level}.2.attention.attn.to_q", (8, 8), True)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert len(read_lora(tmp_path / "a.safetensors").weights) == 3

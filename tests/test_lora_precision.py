@@ -25,7 +25,7 @@ STEPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float8_e4m3fn: 2**-
 
 def loras(model, count, dora=False):
     names = [FUSED, OUT, CONV, *thirds()]
-    return [random_lora(model, names[i % 3 :: 2], rank=1 + i, alpha=0.1, dora=dora, name=f"{i}") for i in range(count)]
+    return [random_lora(model, names[i % 3 :], rank=1 + i, alpha=0.1, dora=dora, name=f"{i}") for i in range(count)]
 
 
 def stacked(handle, applied):

@@ -185,6 +185,8 @@ def test_existing_words_and_pieces_of_words_by_their_rows(handles, tmp_path):
     plain = with_tokens(handle, [LearnedToken(name, vectors=row[None]) for name, row in edited.items()])
     assert torch.equal(hidden(learned, "a cat and [x]"), hidden(plain, "a [a] and [b]"))
     assert torch.equal(hidden(learned, "a dog"), hidden(handle, "a dog"))
+    assert torch.equal(tokens[2].completed(handle.module).vectors, table[pieces[:1]] - 1)
+    assert torch.equal(learned.module.learned[pieces[0]], table[pieces[:1]] - 1)
     assert not torch.allclose(hidden(learned, "unlearnable"), hidden(handle, "unlearnable"))
 
 

@@ -81,7 +81,7 @@ def test_tiles_cover_every_cell_once(size, tile, reach):
     for kept, seen in found:
         covered[kept] += 1
         for part, around, length in zip(kept, seen, size, strict=True):
-            assert 1 <= part.stop - part.start <= max(1, tile // 4)
+            assert 0 <= part.start < part.stop <= length and part.stop - part.start <= max(1, tile // 4)
             assert around.start == max(0, part.start - reach) and around.stop == min(length, part.stop + reach)
     assert (covered == 1).all()
     assert len(found) == tiles.tile_count(size, tile)

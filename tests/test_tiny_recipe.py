@@ -66,7 +66,7 @@ def test_every_adapter_is_measured_with_and_without(out, tmp_path, monkeypatch, 
     evaluate_adapters.main([*map(str, [*places, *results]), "--count", "1"])
     lines = (tmp_path / "table.md").read_text().splitlines()
     names = {line.split("|")[1].strip() for line in lines[2:]}
-    assert names == {"LoRA", "canny", "inpainting", "super-resolution", "identity", "IP-Adapter"}
+    assert names == {"LoRA", "few steps", "canny", "inpainting", "super-resolution", "identity", "IP-Adapter"}
     assert all(line.count("|") == 6 for line in lines)
     assert {path.stem for path in (tmp_path / "sheets").iterdir()} == set(ADAPTERS)
 
@@ -75,9 +75,9 @@ def test_adapters_are_gathered_in_float16_and_small(out, tmp_path):
     publish.main(["--out", str(out), "--to", str(tmp_path), "--adapters"])
     found = {path.stem: inspect_file(path) for path in tmp_path.iterdir()}
     assert found.keys() == ADAPTERS.keys()
-    stages = {"lora": "lora", "ip_adapter": "ip_adapter"}
+    stages = {"lora": "lora", "lora_few_steps": "lora", "ip_adapter": "ip_adapter"}
     assert {name: info.stage for name, info in found.items()} == {n: stages.get(n, "controlnet") for n in ADAPTERS}
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3_600_000
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3_850_000
     with safe_open(str(tmp_path / "lora.safetensors"), "pt") as file:
         assert TOKEN in str(file.metadata())
 

@@ -14,6 +14,7 @@ from test_checkpoints import MANIFESTS, header_only, prefixed
 from test_checkpoints_loading import clip_shapes, fill_state_dict
 
 from stable_cascade_nodes import NODE_CLASS_MAPPINGS
+from stable_cascade_nodes.cascade_ops.catalog import BUNDLED
 from stable_cascade_nodes.cascade_ops.checkpoints import inspect_file
 from stable_cascade_nodes.cascade_ops.handles import StageHandle
 from stable_cascade_nodes.cascade_ops.on_demand import StageOnDemand
@@ -105,14 +106,6 @@ def test_the_published_encoder_is_recognised_in_every_layout(empty_host):
     assert files.find("image_encoder", "auto").name == "stable_cascade_stage_c.safetensors"
 
 
-def test_auto_leaves_out_the_encoders_of_other_models(empty_host):
-    models = empty_host / "models"
-    header_only(models / "diffusion_models/c.safetensors", MANIFESTS["stage_c_1b_lite"])
-    header_only(models / "clip_vision/CLIP-ViT-H.safetensors", vision_shapes(1280, 32, 1024))
-    header_only(models / "clip_vision/z.safetensors", vision_shapes())
-    assert files.find("image_encoder", "auto").name == "z.safetensors"
-
-
 # Small files of the same layouts, loaded -----------------------------------------------------------------------
 
 SMALL = {"width": 48, "layers": 2, "projection": 24, "patches": 4}
@@ -162,6 +155,15 @@ def test_a_transformers_folder_loads_by_its_model_file(own_host, weights):
     for change in ({"num_attention_heads": 1}, {"hidden_act": "gelu"}):
         other = by_transformers(weights, pictures, **change)
         assert (encode_pictures(handle, pictures)[:, 0] - other).abs().max() > 1e-3
+
+
+def test_auto_leaves_out_the_encoders_of_other_models(own_host):
+    header_only(own_host / "clip_vision/CLIP-ViT-H.safetensors", vision_shapes(1280, 32, 1024))
+    header_only(own_host / "clip_vision/clip_vit_l.safetensors", vision_shapes())
+    # The small Stage C reads 24: neither of the larger ones, which would come first.
+    assert files.find("image_encoder", "auto").name == BUNDLED
+    header_only(own_host / "clip_vision/z.safetensors", vision_shapes(**SMALL | {"width": 64}))
+    assert files.find("image_encoder", "auto").name == "z.safetensors"
 
 
 def test_the_config_of_another_encoder_is_not_taken(own_host, weights):

@@ -62,14 +62,14 @@ def test_windows_cover_everything_and_weigh_one(model, tokens, blocks, overlap):
             assert one.weights.diff().abs().max() < 2.4 / least
         assert parts[0].tokens.start == 0 and parts[-1].tokens.stop == length
         assert len(parts) > 1 or length <= blocks * BLOCK
-    assert windows.count == len(windows.rows) * len(windows.columns)
+    assert windows.total == len(windows.rows) * len(windows.columns)
 
 
 def test_a_picture_that_fits_is_one_window(model):
     for window in (0, 96, 4096):
         windows = windows_of(model, (16, 24), window)
-        assert windows.count == 1 and windows.largest == (8, 12)
-    assert windows_of(model, (16, 24), 64).count == 2
+        assert windows.total == 1 and windows.largest == (8, 12)
+    assert windows_of(model, (16, 24), 64).total == 2
 
 
 def test_windows_that_cannot_be_are_refused(model):
@@ -104,7 +104,7 @@ def test_each_window_reads_its_own_part_of_the_stage_c_latent(size):
         whole = local.step(x, local.prepare(times, effnet, clip, size), 0)
         windowed = WindowedStageB(local, 64, 32)
         prepared = windowed.prepare(times, effnet, clip, size)
-        assert prepared.windows.count > 3
+        assert prepared.windows.total > 3
         assert torch.allclose(windowed.step(x, prepared, 0), whole, atol=1e-5)
         half = windowed.step(x[1:], prepared.narrow(1, 1), 0)
         assert torch.allclose(half, whole[1:], atol=1e-5)

@@ -2,10 +2,11 @@
 
     python -m stable_cascade_nodes.tiny.evaluate_blocks --out docs/tiny/ip_adapter_blocks.md
 
-The prompt is empty; the adapter acts in some of the four groups of blocks (see `attachments.attention_groups`) at
-weight 1. Figures are shares of pictures that have the reference picture's background (pattern and colours) and its
-object's colour and shape. In the last row two pictures are read, one in the first group and one in the others: the
-background counts that is the first one's, the object that is the second one's.
+The adapter acts in some of the four groups of blocks (see `attachments.attention_groups`) at weight 1, and the prompt
+is empty. Figures are shares of pictures that have the reference picture's background (pattern and colours) and its
+object's colour and shape. Where two pictures are read, one in the first group and one in the others, the background
+counts that is the first one's and the object that is the second one's. In the last rows a prompt names another object
+and no background: the background counts that is the picture's and the object that is the prompt's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..cascade_ops.attachments import attention_groups
 from ..cascade_ops.checkpoints import load
 from ..cascade_ops.denoisers import SteppedAdapter
 from ..cascade_ops.models import IPAdapter
+from .captions import object_phrase
 from .drawing import Scene
 from .evaluate import BATCH, Family, contact_sheet, measured_scenes, shares
 from .evaluate_adapters import SEED, chain, drawn
@@ -40,16 +42,20 @@ ROWS: dict[str, Groups] = {
     "all but down_outer": (0, 1, 1, 1),
 }
 TWO = "one in down_outer, another in the rest"
+PROMPTED = {"none, with a prompt for the object": "none", "all, with a prompt for the object": "all"}
 COLUMNS = ("background", "colour", "shape")
 
 
 def read_in(
-    family: Family, adapter: IPAdapter, references: Sequence[tuple[Sequence[Scene], Groups]], count: int
+    family: Family,
+    adapter: IPAdapter,
+    references: Sequence[tuple[Sequence[Scene], Groups]],
+    prompts: Sequence[str],
 ) -> np.ndarray:
-    """Pictures of 256 x 256 without a prompt, each reading one picture of every reference in its groups of blocks."""
+    """Pictures of 256 x 256, each reading one picture of every reference in its groups of blocks."""
     shown = []
     for scenes, groups in references:
-        parts = np.array_split(drawn(scenes), -(-count // BATCH))
+        parts = np.array_split(drawn(scenes), -(-len(prompts) // BATCH))
         counts = attention_groups(family.stage_c)
         weights = [weight for weight, blocks in zip(groups, counts, strict=True) for _ in range(blocks)]
         shown.append((torch.cat([family.embed(part) for part in parts]), weights))
@@ -57,7 +63,7 @@ def read_in(
     def attach(start: int, stop: int) -> dict:
         return {"adapters": [SteppedAdapter(adapter, embeddings[start:stop], weights) for embeddings, weights in shown]}
 
-    return chain(family, [""] * count, SEED, attach)
+    return chain(family, prompts, SEED, attach)
 
 
 def measure(weights: Path, count: int, samples: Path | None = None) -> dict[str, dict[str, float]]:
@@ -66,12 +72,15 @@ def measure(weights: Path, count: int, samples: Path | None = None) -> dict[str,
     adapter, _ = load(weights / "ip_adapter.safetensors", expect="ip_adapter", dtype=torch.float32)
     scenes = measured_scenes(2 * count, "test", 1)
     scenes, others = scenes[:count], scenes[count:]
-    made, results = {}, {}
-    for name, groups in ROWS.items():
-        made[name] = read_in(family, adapter, [(scenes, groups)], count)
-        results[name] = shares(scenes, made[name])
-    made[TWO] = read_in(family, adapter, [(scenes, ROWS["down_outer"]), (others, ROWS["all but down_outer"])], count)
-    results[TWO] = shares(others, made[TWO]) | {"background": shares(scenes, made[TWO])["background"]}
+    prompts = [""] * count
+    made = {name: read_in(family, adapter, [(scenes, groups)], prompts) for name, groups in ROWS.items()}
+    results = {name: shares(scenes, pictures) for name, pictures in made.items()}
+    made[TWO] = read_in(family, adapter, [(scenes, ROWS["down_outer"]), (others, ROWS["all but down_outer"])], prompts)
+    prompts = [object_phrase(scene.objects[0]) for scene in others]
+    for name, groups in PROMPTED.items():
+        made[name] = read_in(family, adapter, [(scenes, ROWS[groups])], prompts)
+    for name in (TWO, *PROMPTED):
+        results[name] = shares(others, made[name]) | {"background": shares(scenes, made[name])["background"]}
     if samples is not None:
         shown = [picture for group in (drawn(scenes), drawn(others), *made.values()) for picture in group[:8]]
         contact_sheet(shown, min(8, count)).save(samples, quality=90)

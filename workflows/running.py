@@ -45,11 +45,15 @@ class Runner:
             return picture.convert("RGB")
 
 
+def scaled(picture: Image.Image, side: int) -> Image.Image:
+    """A picture with `side` pixels on its longer side."""
+    scale = side / max(picture.size)
+    return picture.resize([round(length * scale) for length in picture.size], Image.Resampling.LANCZOS)
+
+
 def fitted(picture: Image.Image, side: int) -> Image.Image:
     """A picture in the middle of a white square, as large as fits."""
-    scale = side / max(picture.size)
-    small = picture.resize([round(length * scale) for length in picture.size], Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (side, side), "white")
+    small, square = scaled(picture, side), Image.new("RGB", (side, side), "white")
     square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
     return square
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .running import Runner, as_jpeg, fitted
+from .running import Runner, as_jpeg, fitted, scaled
 from .write import FOLDER, write
 
 SIDE = 512
@@ -23,13 +23,13 @@ _COLUMNS = 2
 
 
 def thumbnail(pictures: list[Image.Image]) -> Image.Image:
-    """Up to four pictures in a square of 512 pixels, each as large as fits."""
-    pictures = pictures[:4]
-    columns = min(len(pictures), _COLUMNS)
-    cell = SIDE // columns
-    sheet = Image.new("RGB", (SIDE, cell * -(-len(pictures) // columns)), "white")
+    """A picture with 512 pixels on its longer side, or up to four in a square of so many, each as large as fits."""
+    if len(pictures) == 1:
+        return scaled(pictures[0], SIDE)
+    pictures, cell = pictures[:4], SIDE // _COLUMNS
+    sheet = Image.new("RGB", (SIDE, cell * -(-len(pictures) // _COLUMNS)), "white")
     for number, picture in enumerate(pictures):
-        row, column = divmod(number, columns)
+        row, column = divmod(number, _COLUMNS)
         sheet.paste(fitted(picture, cell), (column * cell, row * cell))
     return sheet
 

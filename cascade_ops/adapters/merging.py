@@ -42,7 +42,7 @@ class AdaptedHandle(StageHandle):
     plain: Any = None
     applied: tuple[Applied, ...] = ()
 
-    @property
+    @property  # type: ignore[misc]
     def module(self) -> Any:
         # `replace` takes it from here and puts it into the new handle, so the merged model is made once.
         kept = self.__dict__

@@ -155,7 +155,7 @@ FACE_IDENTITY = Workflow(
             ),
             "stage_c",
         ),
-        _prompts("a white background", size(22)),
+        _prompts("a yellow background", size(22)),
         *_sampled(13),
     ),
     shots=(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from ..layout import Column, Node, Shot, Workflow
 from .parts import IMAGE_ENCODER, IMAGE_ENCODER_ROW, MODELS, OWN, TABLE, decode, prompt, sample_b, sample_c, save, size
 
+_WORDS = "a small green circle at the top left"
+
 _NOTE = f"""\
 # Image variation
 
 Makes a new picture of what another one shows: Stage C reads it as a prompt (CLIP), with what is in it and how it looks,
 and hardly where. Words may be added: they say what they say, and the picture fills in the rest. **Change first:** put
-*Load Image* in place of the picture; then write a prompt, such as *a small green star at the top left*.
+*Load Image* in place of the picture; then write a prompt, such as *a small green circle at the top left*.
 
 {TABLE}{IMAGE_ENCODER_ROW}{OWN}
 To keep the composition of a picture as well, take *image_to_image*.
@@ -26,7 +28,7 @@ IMAGE_VARIATION = Workflow(
             (
                 prompt(8, "Words (may be empty)", ""),
                 prompt(9, "Negative prompt", ""),
-                Node(10, "CascadeExampleImage", {"picture": "cross"}, "Picture (or Load Image)"),
+                Node(10, "CascadeExampleImage", {"picture": "circle"}, "Picture (or Load Image)"),
                 Node(
                     11,
                     "CascadeImagePrompt",
@@ -54,13 +56,8 @@ IMAGE_VARIATION = Workflow(
     note_size=(280, 680),
     shots=(
         Shot("Given", 17),
-        Shot("Variation", 16),
-        Shot("Another seed", 16, {13: {"seed": 1}}),
-        Shot(
-            "Words alone: a small green star at the top left",
-            16,
-            {8: {"text": "a small green star at the top left"}, 11: {"weight": 0.0}},
-        ),
-        Shot("The same words with the picture", 16, {8: {"text": "a small green star at the top left"}}),
+        Shot("Variation: no words", 16),
+        Shot("Words alone: a small green circle at the top left", 16, {8: {"text": _WORDS}, 11: {"weight": 0.0}}),
+        Shot("The same words and the picture", 16, {8: {"text": _WORDS}}),
     ),
 )

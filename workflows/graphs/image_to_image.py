@@ -101,7 +101,7 @@ def _painted(before: Column, text: str) -> tuple[Column, ...]:
         Column(
             "ControlNet",
             (
-                Node(13, "CascadeInpaintControl", {"image": (10, 1), "mask": (10, 2)}),
+                Node(13, "CascadeInpaintControl", {"image": (10, 1), "mask": (10, 2)}, said=True),
                 Node(14, "PreviewImage", {"images": (13, 1)}, "What the ControlNet reads", height=280),
                 Node(15, "CascadeApplyControlNet", control, said=True),
             ),
@@ -157,6 +157,8 @@ whole picture shows then.
 
 {TABLE}{_ENCODER_ROW}{_CONTROLNET_ROW}{OWN}"""
 
+_WITH_A_CIRCLE = "a small blue circle on the left and a small white cross on the right on an orange background"
+
 OUTPAINT = Workflow(
     "outpaint",
     _OUTPAINT_NOTE,
@@ -172,11 +174,16 @@ OUTPAINT = Workflow(
                     said=True,
                 ),
                 _encode_c(10, 9, (9, 1)),
-                _read(21, 10),
+                Node(21, "PreviewImage", {"images": (8, 0)}, "The picture as given", height=280),
             ),
             "text",
         ),
         "a small white cross on the right on an orange background",
     ),
-    shots=(Shot("The picture with its border", 21), Shot("What the ControlNet reads", 14), Shot("Made larger", 20)),
+    shots=(
+        Shot("Given", 21),
+        Shot("What the ControlNet reads", 14),
+        Shot("Made larger", 20),
+        Shot("With a circle in the prompt too", 20, {11: {"text": _WITH_A_CIRCLE}}),
+    ),
 )

@@ -163,7 +163,7 @@ COMBINED = Workflow(
         Column(
             "IP-Adapter",
             (
-                _picture(17, "cross", "Look (or Load Image)"),
+                _picture(17, "striped", "Look (or Load Image)"),
                 _read(18, 17, (16, 0), mask=(13, 1)),
             ),
             "text",

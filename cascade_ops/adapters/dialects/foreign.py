@@ -16,7 +16,7 @@ _LORAS = (
     ("Stable Diffusion 1 or 2", r"(?:down|up)_blocks[_.]\d[_.]attentions[_.]|mid_block[_.]attentions"),
     ("Stable Diffusion 3", r"joint_blocks|lora_te3_"),
     ("Flux", r"double_blocks|single_blocks|single_transformer_blocks"),
-    ("a diffusion transformer (Stable Diffusion 3 or Flux)", r"transformer[_.]transformer_blocks"),
+    ("Stable Diffusion 3 or Flux", r"transformer[_.]transformer_blocks"),
     ("Würstchen 2", r"prior_(?:unet_)?blocks_\d+_attention|^prior\.blocks\."),
 )
 _STAGE_B = r"effnet_mapper|pixels_mapper|(?:^|[._])clip_mapper|(?:down|up)_blocks[._][23][._]\d+[._]attention"

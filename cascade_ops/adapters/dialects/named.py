@@ -56,10 +56,10 @@ def _change(found: Mapping[str, Tensor]) -> WeightChange | None:
         return _lora(found, alpha)
     scale = found.get("dora_scale")
     if all(f"hada_{part}" in found for part in ("w1_a", "w1_b", "w2_a", "w2_b")):
-        factors = [found[f"hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b")]
-        rank = float(len(factors[1]))
-        cores = found.get("hada_t1"), found.get("hada_t2")
-        return LoHaWeights(*factors, rank if alpha is None else alpha, *cores, scale)
+        w1_a, w1_b, w2_a, w2_b = (found[f"hada_{part}"] for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        rank = float(len(w1_b))
+        t1, t2 = found.get("hada_t1"), found.get("hada_t2")
+        return LoHaWeights(w1_a, w1_b, w2_a, w2_b, rank if alpha is None else alpha, t1, t2, scale)
     (w1, rank1), (w2, rank2) = _kronecker_factor(found, "w1"), _kronecker_factor(found, "w2")
     if w1 is None or w2 is None:
         return None

@@ -44,7 +44,7 @@ class LCMObjective(LoRAObjective):
 
     def __init__(self, settings: Settings, handle: StageHandle, text_encoder: StageHandle, start: LoRA | None = None):
         # Of the diffusion losses the one that is weighted so.
-        super().__init__(replace(settings, loss=Loss(weight="debiased")), handle, text_encoder, None, start)
+        super().__init__(replace(settings, loss=Loss(weight="constant")), handle, text_encoder, None, start)
         own, lcm = handle.info.defaults, settings.lcm
         self.shift = lcm.shift or own["shift"]
         self.guidance = Guidance(lcm.guidance or own["guidance"])
@@ -70,7 +70,7 @@ class LCMObjective(LoRAObjective):
         a, b = _factors(first, noised)
         found = self._noise(noised, first, conditions)
         error = (found - (noised - a * wanted) / b).square().mean(dim=(1, 2, 3))
-        weight = self.loss.diffusion.weight(first).to(error.device)
+        weight = torch.exp(-first / 4).to(error.device)
         if "loss_weight" in batch:
             weight = weight * batch["loss_weight"].to(error.device)
         clean_error = (error.detach() * (b / a).flatten().square()).mean()
