@@ -5,6 +5,8 @@ runs both halves as one batch; an unguided one runs the conditional half alone. 
 batch or once for all images.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -25,6 +27,26 @@ class TextCondition(NamedTuple):
 
     hidden: Tensor
     pooled: Tensor
+
+
+class Pictures(NamedTuple):
+    """CLIP embeddings of k pictures that Stage C reads beside the text, for all images (n = 1) or for each (n = B).
+
+    embeddings: ``[n, k, E]`` or, for one picture, ``[n, E]``. weights: ``[k]``, how far what Stage C reads of each goes
+    from no picture (0) to the picture (1); see `StageC.condition_tokens`. One at 0 beside others still takes a share of
+    the attention: leave it out instead.
+    """
+
+    embeddings: Tensor
+    weights: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Tensor, float]]) -> Pictures | None:
+        """The pictures ``[n, k, E]`` of all parts, those of a part with one weight; None where there are no parts."""
+        if not parts:
+            return None
+        weights = torch.tensor([float(weight) for embeddings, weight in parts for _ in range(embeddings.shape[1])])
+        return cls(torch.cat([embeddings for embeddings, _ in parts], dim=1), weights)
 
 
 class SteppedControl(NamedTuple):
@@ -172,16 +194,17 @@ class StageCDenoiser:
 
     cond, uncond: text of the prompt and of the negative prompt; `uncond` is only needed for guidance. Their lengths
         may differ; each half then runs by itself, since padding would change what attention sees.
-    image, uncond_image: CLIP image embeddings ``[n, k, 768]`` or ``[n, 768]``; None is one embedding of zeros in the
-        conditional half, as in training, and as many zeros as `image` has in the unconditional one.
+    image, uncond_image: `Pictures`, or CLIP image embeddings ``[n, k, 768]`` or ``[n, 768]``, whose weights are 1; None
+        is one embedding of zeros in the conditional half, as in training, and as many zeros as `image` has in the
+        unconditional one.
     controls, adapters: of ControlNets and IP-Adapters.
     """
 
     model: StageC
     cond: TextCondition
     uncond: TextCondition | None = None
-    image: Tensor | None = None
-    uncond_image: Tensor | None = None
+    image: Tensor | Pictures | None = None
+    uncond_image: Tensor | Pictures | None = None
     controls: Sequence[SteppedControl] = ()
     adapters: Sequence[SteppedAdapter] = ()
 
@@ -204,7 +227,9 @@ class StageCDenoiser:
             return _one_half(forward, self._prepared(noise_cond, cond, batch, (1,)))
         if self.uncond is None:
             raise _no_negative("Stage C")
-        uncond_image = torch.zeros_like(image) if self.uncond_image is None else self.uncond_image
+        uncond_image = self.uncond_image
+        if uncond_image is None:
+            uncond_image = torch.zeros_like(image.embeddings if isinstance(image, Pictures) else image)
         uncond = self._embeddings("negative prompt", self.uncond, uncond_image, batch, device)
         if all(ours.shape == theirs.shape for ours, theirs in zip(cond, uncond, strict=True)):
             pairs = [torch.cat([ours, theirs.to(ours.dtype)]) for ours, theirs in zip(cond, uncond, strict=True)]
@@ -215,8 +240,11 @@ class StageCDenoiser:
     def _prepared(self, noise_cond: Tensor, embeddings: Sequence[Tensor], batch: int, seen: Sequence[int]) -> Prepared:
         """seen: for each half in `embeddings`, 1 where IP-Adapters show their pictures and 0 where they show none."""
         decoupled = [self._attention(each, batch, seen, noise_cond.device) for each in self.adapters]
-        text, pooled, image = embeddings
-        return self.model.prepare(noise_cond, text, pooled, image, decoupled=decoupled)
+        text, pooled, image, weights = embeddings
+        weighted = any(isinstance(each, Pictures) for each in (self.image, self.uncond_image))
+        return self.model.prepare(
+            noise_cond, text, pooled, image, decoupled=decoupled, clip_img_weight=weights if weighted else None
+        )
 
     def _attention(
         self, each: SteppedAdapter, batch: int, seen: Sequence[int], device: torch.device
@@ -234,12 +262,23 @@ class StageCDenoiser:
 
     @staticmethod
     def _embeddings(
-        name: str, text: TextCondition, image: Tensor, batch: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        name: str, text: TextCondition, image: Tensor | Pictures, batch: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Text, pooled text, embeddings of the pictures and their weights ``[batch, k]``."""
+        given = image.embeddings if isinstance(image, Pictures) else image
+        embeddings = _for_batch("image embedding", given, batch, 3, device)
+        count = embeddings.shape[1]
+        weights = image.weights if isinstance(image, Pictures) else torch.ones(count)
+        if weights.shape != (count,):
+            raise ValueError(
+                f"{count} pictures for the {name} came with weights of shape {list(weights.shape)}, expected "
+                f"[{count}]: give one weight for each picture."
+            )
         return (
             _for_batch(name, text.hidden, batch, 3, device),
             _for_batch(f"pooled {name}", text.pooled, batch, 3, device),
-            _for_batch("image embedding", image, batch, 3, device),
+            embeddings,
+            weights.to(device, torch.float32).expand(batch, count),
         )
 
 

@@ -113,8 +113,10 @@ class StageHandle:
     def expect(self, stage: str) -> StageHandle:
         """This handle; ValueError where it is another stage."""
         if self.stage != stage:
+            wanted = STAGE_TITLES[stage]
+            article = "an" if wanted[0].lower() in "aeiou" else "a"
             raise ValueError(
-                f"{self.title} was given where a {STAGE_TITLES[stage]} is read: connect the loader of that stage."
+                f"{self.title} was given where {article} {wanted} is read: connect the loader of that stage."
             )
         return self
 

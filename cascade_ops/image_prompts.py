@@ -1,11 +1,13 @@
 """Pictures as prompts: their CLIP embeddings, with weights, in a conditioning that Stage C reads beside the text.
 
-Stage C maps every embedding to four tokens of its own, behind those of the text. A weight multiplies the embedding
-before that. Without a picture Stage C reads a single embedding of zeros, as it was trained: a picture at weight 0 is
-left out altogether, since further tokens of zeros would not be the same as none.
+Stage C maps every embedding to four tokens of its own, behind those of the text, and normalises them. Without a
+picture it reads the tokens of a single embedding of zeros, as it was trained. A weight says how far the tokens go from
+those to the picture's own, in a straight line. A picture at weight 0 is left out altogether, since further tokens of
+nothing would not be the same as none.
 
 On a `CONDITIONING` wire, pictures are entries of `unclip_conditioning`, as ComfyUI's unCLIPConditioning writes them:
-either side reads the other's.
+either side reads the other's. ComfyUI multiplies the embedding by the strength of an entry instead, which the norm
+behind it takes back: a half acts nearly as 1.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .denoisers import Pictures
 from .handles import StageHandle
 from .vision import encode_pictures
+from .wires import PICTURE_WEIGHT
 
 WIRE_KEY = "unclip_conditioning"
 
@@ -44,7 +48,7 @@ class ImagePrompt:
     """Pictures with one weight, for Python without a graph.
 
     images: ``[k, 3, H, W]``, 0..1; all k are read for every picture that is made. weight: 0 leaves them out, 1 is what
-    Stage C was trained with. crop: see `vision.clip_pixels`.
+    Stage C was trained with, 0.5 is halfway. crop: see `vision.clip_pixels`.
     """
 
     images: Tensor
@@ -61,24 +65,26 @@ class ImagePrompt:
         return cls(torch.from_numpy(pixels).permute(2, 0, 1)[None], weight, crop)
 
 
-def embed_prompts(encoder: StageHandle, prompts: Sequence[ImagePrompt]) -> Tensor | None:
-    """Weighted embeddings ``[1, k, E]`` of all prompts' pictures, for `stages.sample_stage_c(pictures=...)`.
+def embed_prompts(encoder: StageHandle, prompts: Sequence[ImagePrompt]) -> Pictures | None:
+    """All prompts' pictures with their weights, embeddings ``[1, k, E]``, for `stages.sample_stage_c(pictures=...)`.
 
     None where there are none, or none with a weight.
     """
-    embedded = [
-        encode_pictures(encoder, prompt.images, prompt.crop).cpu().transpose(0, 1) * prompt.weight
-        for prompt in prompts
-        if prompt.weight
-    ]
-    return torch.cat(embedded, dim=1) if embedded else None
+    return Pictures.joined(
+        [
+            (encode_pictures(encoder, prompt.images, prompt.crop).cpu().transpose(0, 1), prompt.weight)
+            for prompt in prompts
+            if prompt.weight
+        ]
+    )
 
 
 def add_pictures(conditioning: Sequence[Any], output: Any, weight: float) -> list:
     """A `CONDITIONING` with further pictures behind those that it has; a weight of 0 adds none.
 
     output: a `ClipVisionOutput`, or what ComfyUI's CLIPVisionEncode gives; `image_embeds` ``[k, E]`` of it is read.
-    weight: multiplies the embeddings. What came in is not changed; prompts that were combined all get the pictures.
+    weight: see `ImagePrompt`; ComfyUI's samplers multiply the embeddings by it. What came in is not changed; prompts
+    that were combined all get the pictures.
 
     Raises ValueError for a CLIP vision model without a projection, and where the conditioning has pictures already
     that were encoded with another width.
@@ -86,7 +92,7 @@ def add_pictures(conditioning: Sequence[Any], output: Any, weight: float) -> lis
     width = _width(output)
     if not weight:
         return list(conditioning)
-    entry = {"clip_vision_output": output, "strength": weight, "noise_augmentation": 0.0}
+    entry = {"clip_vision_output": output, "strength": weight, "noise_augmentation": 0.0, PICTURE_WEIGHT: weight}
     added = []
     for hidden, options in conditioning:
         before = options.get(WIRE_KEY) or []

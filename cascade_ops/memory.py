@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from .denoisers import TextCondition
+from .denoisers import Pictures, TextCondition
 from .handles import StageHandle
 from .models.layers import AttnBlock
 from .sizes import ENCODER_COMPRESSION
@@ -28,9 +26,9 @@ _PICTURE_TENSORS = 7
 _MAP_TENSORS = 2
 
 
-def condition_tokens(handle: StageHandle, prompts: Sequence[TextCondition], pictures: Sequence[Tensor | None]) -> int:
+def condition_tokens(handle: StageHandle, prompts: Sequence[TextCondition], pictures: Sequence[Pictures | None]) -> int:
     """The most tokens that Stage C's attention reads of one of these prompts with its pictures."""
-    embeddings = (1 + (1 if picture is None else picture.shape[1]) for picture in pictures)
+    embeddings = (1 + (1 if picture is None else picture.embeddings.shape[1]) for picture in pictures)
     texts = (prompt.hidden.shape[1] for prompt in prompts)
     return max(text + count * handle.module.c_clip_seq for text, count in zip(texts, embeddings, strict=True))
 

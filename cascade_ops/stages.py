@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attached import stepped_adapters, stepped_controls
-from .denoisers import StageBDenoiser, StageCDenoiser, TextCondition
+from .denoisers import Pictures, StageBDenoiser, StageCDenoiser, TextCondition
 from .diffusion import Denoiser, Guidance, StepInfo, draw_noise, noised_start, sample, step_times
 from .families import families_clash
 from .handles import StageHandle
@@ -137,14 +137,14 @@ def sample_stage_c(
     *,
     seed: int,
     settings: SamplingSettings,
-    pictures: Tensor | None = None,
-    negative_pictures: Tensor | None = None,
+    pictures: Tensor | Pictures | None = None,
+    negative_pictures: Tensor | Pictures | None = None,
     callback: Callback | None = None,
 ) -> Latent:
     """From text, and pictures if there are any, to the 16-channel latent.
 
     negative: needed unless guidance is 1. pictures, negative_pictures: CLIP image embeddings ``[1 or B, k, 768]`` that
-    the result should resemble or stay away from; None is a single one of zeros, as in training.
+    the result should resemble or stay away from, or `Pictures` with weights; None is one of zeros, as in training.
     latent: gives size and batch; its samples count where `settings.start` is below 1 or where it has a mask, which
     holds them outside of it. Image i of the batch has the seed ``seed + i``.
     ControlNets and IP-Adapters that the handle carries steer the run; see `attachments`.
@@ -165,7 +165,7 @@ def sample_stage_c(
     width = model.clip_img_mapper.in_features
     images = [torch.zeros(1, 1, width) if given is None else given for given in (pictures, negative_pictures)]
     for name, image in zip(("picture", "negative picture"), images, strict=True):
-        _check_width(handle, name, image, width)
+        _check_width(handle, name, image.embeddings if isinstance(image, Pictures) else image, width)
     times = step_times(settings.steps, settings.start, settings.end)[:-1].tolist()
     controls = stepped_controls(handle, latent.samples, latent.stage_c_pixels(), times)
     adapters = stepped_adapters(handle, latent.samples, latent.stage_c_pixels(), times)

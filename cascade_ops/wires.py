@@ -8,6 +8,10 @@ A latent made here also says for which picture it is (`width`, `height` in pixel
 of Stage C where that is not the published number (`cascade_compression`), and which family of weights made it
 (`cascade_family`). Other nodes may drop these keys or leave them behind on a latent that they resized: they are used
 only where they still fit the samples.
+
+Pictures are the entries of a conditioning's `unclip_conditioning`, as ComfyUI's unCLIPConditioning writes them. One
+written here also has `cascade_weight`, a weight that acts evenly (see `denoisers.Pictures`); ComfyUI's samplers read
+its `strength`, which scales the embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints.releases import SCALE_FACTOR
-from .denoisers import TextCondition
+from .denoisers import Pictures, TextCondition
 from .diffusion import image_generators
 from .sizes import STAGE_A_COMPRESSION, picture_size, stage_b_size, stage_c_size
 
@@ -34,6 +38,8 @@ _READ = {
     "stage_c": ("pooled_output", "unclip_conditioning"),
     "stage_b": ("pooled_output", "unclip_conditioning", "stable_cascade_prior"),
 }
+# The weight of a picture in an entry that was written here.
+PICTURE_WEIGHT = "cascade_weight"
 # Words for the most frequent of all the others.
 _REFUSED = {
     "area": "an area",
@@ -152,16 +158,16 @@ def read_condition(wire: Any, name: str, stage: str = "stage_c") -> TextConditio
     return TextCondition(hidden, pooled)
 
 
-def read_pictures(wire: Any, name: str) -> Tensor | None:
-    """Read the pictures of a `CONDITIONING` as image embeddings ``[1, k, 768]``; None where there are none.
+def read_pictures(wire: Any, name: str) -> Pictures | None:
+    """Read the pictures of a `CONDITIONING`, one after the other: embeddings ``[1, k, 768]`` with their weights.
 
-    ComfyUI's unCLIPConditioning gives each CLIP vision output with a strength, which scales its embeddings; the
-    pictures of all of them follow each other.
+    Those of ComfyUI's unCLIPConditioning are scaled by its strength, as ComfyUI does it, and have the weight 1. What
+    has a weight or a strength of 0 is left out; None where nothing is left.
 
-    Raises ValueError for noise on the embeddings, which Stable Cascade was not made for, and for a CLIP vision model
-    without a projection.
+    Raises ValueError for noise on the embeddings, which Stable Cascade was not made for, for a CLIP vision model
+    without a projection, and for pictures that were encoded with different widths.
     """
-    embeddings = []
+    parts = []
     for entry in _only_entry(wire, name)[1].get("unclip_conditioning") or ():
         if entry.get("noise_augmentation"):
             raise ValueError(
@@ -175,8 +181,20 @@ def read_pictures(wire: Any, name: str) -> Tensor | None:
                 f"A picture in the conditioning of '{name}' has no projected embedding (image_embeds), expected one of "
                 "CLIP ViT-L/14: load that model in the CLIP vision loader."
             )
-        embeddings.append(embedding.float().reshape(1, -1, embedding.shape[-1]) * entry["strength"])
-    return torch.cat(embeddings, dim=1) if embeddings else None
+        embedding = embedding.float().reshape(1, -1, embedding.shape[-1])
+        if PICTURE_WEIGHT in entry:
+            parts.append((embedding, entry[PICTURE_WEIGHT]))
+        else:
+            parts.append((embedding * entry["strength"], float(bool(entry["strength"]))))
+    parts = [(embedding, weight) for embedding, weight in parts if weight]
+    widths = sorted({embedding.shape[-1] for embedding, _ in parts})
+    if len(widths) > 1:
+        raise ValueError(
+            f"The pictures in the conditioning of '{name}' were encoded {' and '.join(map(str, widths))} wide, "
+            "expected one width: encode all with the image encoder that belongs to the Stage C (ViT-L/14, 768 wide, "
+            "for the published ones)."
+        )
+    return Pictures.joined(parts)
 
 
 def check_prior(wire: Any, name: str, latent: Latent) -> None:

@@ -206,7 +206,10 @@ def cores_unclip_pictures_act_as_in_cores_model(inside):
     for wire, tokens in ((one, 1), (two, 3)):
         theirs = core.extra_conds(**wire[0][1])["clip_img"].cond
         assert theirs.shape == (1, tokens, 96)
-        near(inside.pack("cascade_ops.wires").read_pictures(wire, "positive"), theirs)
+        # Scaled as core scales them, and no further.
+        read = inside.pack("cascade_ops.wires").read_pictures(wire, "positive")
+        near(read.embeddings, theirs)
+        assert read.weights.tolist() == [1.0] * tokens
     plain, first, second = (sampled_c(inside, stage_c, wire, negative)["samples"] for wire in (positive, one, two))
     differ(first, plain)
     differ(second, first)
@@ -229,28 +232,44 @@ def our_image_prompts_act_as_in_cores_model(inside):
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(2, 224, 224, 3, generator=generator)
     by_core = inside.run("CLIPVisionEncode", clip_vision=vision, image=pictures, crop="center")[0]
-    settings = {"weight": 0.7, "crop": "center"}
-    ours = inside.run("CascadeImagePrompt", conditioning=positive, image=pictures, image_encoder=encoder, **settings)[0]
-    theirs = inside.run("CascadeImagePrompt", conditioning=positive, clip_vision_output=by_core, **settings)[0]
-    unclip = {"clip_vision_output": by_core, "strength": 0.7, "noise_augmentation": 0.0}
-    cores = inside.run("unCLIPConditioning", conditioning=positive, **unclip)[0]
     core = inside.run("CascadeToModel", stage=stage_c)[0].model
-    expected = core.extra_conds(**cores[0][1])["clip_img"].cond
-    assert expected.shape == (1, 2, 96)
-    for wire in (ours, theirs):
-        near(core.extra_conds(**wire[0][1])["clip_img"].cond, expected, 1e-2)
-        near(inside.pack("cascade_ops.wires").read_pictures(wire, "positive"), expected, 1e-2)
-    # Behind one another in either order, and sampled by our node and by core's.
-    chained = inside.run("unCLIPConditioning", conditioning=ours, **unclip)[0]
-    near(core.extra_conds(**chained[0][1])["clip_img"].cond, torch.cat([expected, expected], 1), 1e-2)
-    near(
-        sampled_c(inside, stage_c, ours, negative)["samples"],
-        sampled_c(inside, stage_c, cores, negative)["samples"],
-        0.1,
-    )
-    differ(
-        sampled_c(inside, stage_c, ours, negative)["samples"], sampled_c(inside, stage_c, positive, negative)["samples"]
-    )
+    read_pictures = inside.pack("cascade_ops.wires").read_pictures
+
+    def prompted(weight):
+        """By our node, by it from core's encoder, and by core's node."""
+        inputs = {"conditioning": positive, "weight": weight, "crop": "center"}
+        unclip = {"clip_vision_output": by_core, "strength": weight, "noise_augmentation": 0.0}
+        return (
+            inside.run("CascadeImagePrompt", image=pictures, image_encoder=encoder, **inputs)[0],
+            inside.run("CascadeImagePrompt", clip_vision_output=by_core, **inputs)[0],
+            inside.run("unCLIPConditioning", conditioning=positive, **unclip)[0],
+        )
+
+    # ComfyUI reads our weight as its strength; we read it as how far to go towards the picture.
+    for weight in (1.0, 0.7):
+        ours, theirs, cores = prompted(weight)
+        expected = core.extra_conds(**cores[0][1])["clip_img"].cond
+        assert expected.shape == (1, 2, 96)
+        for wire in (ours, theirs):
+            near(core.extra_conds(**wire[0][1])["clip_img"].cond, expected, 1e-2)
+            read = read_pictures(wire, "positive")
+            near(read.embeddings, expected / weight, 1e-2)
+            near(read.weights, torch.full((2,), weight))
+        near(read_pictures(cores, "positive").embeddings, expected)
+        assert read_pictures(cores, "positive").weights.tolist() == [1.0, 1.0]
+        # Behind one another.
+        unclip = {"clip_vision_output": by_core, "strength": weight, "noise_augmentation": 0.0}
+        chained = inside.run("unCLIPConditioning", conditioning=ours, **unclip)[0]
+        near(core.extra_conds(**chained[0][1])["clip_img"].cond, torch.cat([expected, expected], 1), 1e-2)
+    results = [sampled_c(inside, stage_c, wire, negative)["samples"] for wire in (theirs, cores, positive)]
+    differ(results[0], results[1])
+    differ(results[0], results[2])
+    # At 1, both mean the same in both samplers.
+    ours, theirs, cores = prompted(1.0)
+    results = [sampled_c(inside, stage_c, wire, negative)["samples"] for wire in (ours, theirs, cores, positive)]
+    near(results[0], results[2], 0.1)
+    assert torch.equal(results[1], results[2])
+    differ(results[0], results[3])
     latent = {"samples": torch.zeros(1, 16, 6, 6)}
     model = inside.run("CascadeToModel", stage=stage_c)[0]
     results = [

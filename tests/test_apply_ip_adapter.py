@@ -148,7 +148,7 @@ def test_an_embedding_of_another_encoder_is_refused(stage_c, adapter):
 def test_stages_are_told_apart(stage_c, adapter, handles):
     with pytest.raises(ValueError, match="was given where a Stage C is read"):
         apply_ip_adapter(handles["stage_b"], adapter, pictures())
-    with pytest.raises(ValueError, match="was given where a IP-Adapter is read"):
+    with pytest.raises(ValueError, match="was given where an IP-Adapter is read"):
         apply_ip_adapter(stage_c, handles["previewer"], pictures())
 
 

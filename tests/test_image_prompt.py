@@ -1,6 +1,7 @@
 """Pictures in a conditioning: what the node writes, who reads it, and what is refused."""
 
 import copy
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from nodes_kit import load, run, sample_c
 from PIL import Image
 
 from stable_cascade_nodes.cascade_ops import stages, wires
+from stable_cascade_nodes.cascade_ops.denoisers import Pictures, StageCDenoiser
 from stable_cascade_nodes.cascade_ops.image_prompts import ClipVisionOutput, ImagePrompt, add_pictures, embed_prompts
 from stable_cascade_nodes.cascade_ops.pipeline import CascadePipeline
 from stable_cascade_nodes.cascade_ops.vision import CROPS, encode_pictures
@@ -44,6 +46,26 @@ def embedded(image, crop="center"):
     return encode_pictures(load("CascadeLoadImageEncoder"), image.movedim(-1, 1), crop)[:, 0]
 
 
+def read(conditioning):
+    return wires.read_pictures(conditioning, "positive")
+
+
+def entry(embeds, strength):
+    """As ComfyUI's unCLIPConditioning writes it."""
+    output = SimpleNamespace(image_embeds=embeds)
+    return {"clip_vision_output": output, "strength": strength, "noise_augmentation": 0.0}
+
+
+def with_entries(conditioning, *entries):
+    ((hidden, options),) = conditioning
+    return [[hidden, options | {"unclip_conditioning": list(entries)}]]
+
+
+def assert_pictures(found, embeddings, weights):
+    """embeddings: ``[k, E]``."""
+    assert torch.equal(found.embeddings, embeddings[None]) and torch.equal(found.weights, torch.tensor(weights))
+
+
 def by_core(conditioning):
     """The embeddings as ComfyUI's Stage C puts them together."""
     entries = conditioning[0][1]["unclip_conditioning"]
@@ -61,8 +83,8 @@ def test_a_picture_is_written_as_core_writes_it(host):
     ((hidden, options),) = answer["result"][0]
     assert hidden is before[0][0] and options["pooled_output"] is before[0][1]["pooled_output"]
     (entry,) = options["unclip_conditioning"]
-    assert entry.keys() == {"clip_vision_output", "strength", "noise_augmentation"}
-    assert (entry["strength"], entry["noise_augmentation"]) == (0.5, 0.0)
+    assert entry.keys() == {"clip_vision_output", "strength", "noise_augmentation", "cascade_weight"}
+    assert (entry["strength"], entry["noise_augmentation"], entry["cascade_weight"]) == (0.5, 0.0, 0.5)
     embeds = entry["clip_vision_output"].image_embeds
     assert embeds.shape == (1, IMAGE_WIDTH) and (embeds.dtype, embeds.device.type) == (torch.float32, "cpu")
     assert torch.equal(embeds, embedded(image)) and torch.equal(entry["clip_vision_output"]["image_embeds"], embeds)
@@ -75,23 +97,32 @@ def test_several_pictures_follow_each_other_with_their_own_weights(host):
     one = with_picture(first, weight=0.5)
     answer = prompted(second, one, weight=2.0)
     assert answer["ui"]["text"] == ["2 pictures at 2"]
-    both = answer["result"][0]
-    expected = torch.cat([embedded(first) * 0.5, embedded(second) * 2])[None]
-    assert torch.equal(wires.read_pictures(both, "positive"), expected) and torch.equal(by_core(both), expected)
+    both, (ours, theirs) = answer["result"][0], (embedded(first), embedded(second))
+    assert_pictures(read(both), torch.cat([ours, theirs]), [0.5, 2.0, 2.0])
+    # ComfyUI's samplers read the weight as a strength.
+    assert torch.equal(by_core(both), torch.cat([ours * 0.5, theirs * 2])[None])
     # The shorter chain is still what it was.
-    assert torch.equal(wires.read_pictures(one, "positive"), expected[:, :1])
+    assert_pictures(read(one), ours, [0.5])
 
 
 def test_pictures_of_core_and_ours_are_mixed_in_any_order(host):
     image, of_core = noise(1, 60, 100, 3), SimpleNamespace(image_embeds=noise(1, IMAGE_WIDTH, seed=5))
-    entry = {"clip_vision_output": of_core, "strength": 0.3, "noise_augmentation": 0.0}
-    conditioning = encoded()
-    before = [[conditioning[0][0], conditioning[0][1] | {"unclip_conditioning": [entry]}]]
-    ours, theirs = embedded(image), of_core.image_embeds * 0.3
-    assert torch.equal(wires.read_pictures(with_picture(image, before), ""), torch.cat([theirs, ours])[None])
+    of_cores_node = entry(of_core.image_embeds, 0.3)
+    before = with_entries(encoded(), of_cores_node)
+    ours, theirs = embedded(image), of_core.image_embeds
+    # ComfyUI's strength scales the embedding; our weight does not, of whichever node the embedding is.
+    assert_pictures(read(with_picture(image, before, weight=0.6)), torch.cat([theirs * 0.3, ours]), [1.0, 0.6])
     after = with_picture(None, with_picture(image), clip_vision_output=of_core, weight=0.3)
-    assert torch.equal(wires.read_pictures(after, ""), torch.cat([ours, theirs])[None])
-    assert before[0][1]["unclip_conditioning"] == [entry]
+    assert_pictures(read(after), torch.cat([ours, theirs]), [1.0, 0.3])
+    assert before[0][1]["unclip_conditioning"] == [of_cores_node]
+
+
+def test_what_has_no_strength_is_left_out():
+    plain = [[noise(1, 3, 4), {"pooled_output": noise(1, 4)}]]
+    first, off, last = entry(noise(1, 5), 0.5), entry(noise(2, 5, seed=1), 0.0), entry(noise(1, 5, seed=2), 1.0)
+    assert read(with_entries(plain, off)) is None and read(plain) is None
+    kept = torch.cat([first["clip_vision_output"].image_embeds * 0.5, last["clip_vision_output"].image_embeds])
+    assert_pictures(read(with_entries(plain, off, first, off, last)), kept, [1.0, 1.0])
 
 
 def test_the_crop_decides_what_is_seen(host):
@@ -116,7 +147,8 @@ def test_a_batch_is_the_same_as_one_after_another(cuts, weight):
     together, chained = add_pictures(plain, ClipVisionOutput(embeds), weight), plain
     for part in embeds.split(cuts):
         chained = add_pictures(chained, ClipVisionOutput(part), weight)
-    assert torch.equal(*(wires.read_pictures(wire, "positive") for wire in (together, chained)))
+    assert_pictures(read(together), embeds, [weight] * len(embeds))
+    assert all(torch.equal(*parts) for parts in zip(read(together), read(chained), strict=True))
 
 
 # What it does --------------------------------------------------------------------------------------------------
@@ -196,6 +228,65 @@ def test_pictures_are_for_all_or_one_for_each(handles, prompts):
         sampled_batch(handles, prompts, pictures, 3)
 
 
+# Weights -------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_1_is_the_picture_as_before_to_the_last_bit(handles, prompts):
+    pictures = noise(1, 2, IMAGE_WIDTH) * 5
+    plain = sampled_batch(handles, prompts, pictures, 2)
+    assert torch.equal(sampled_batch(handles, prompts, Pictures(pictures, torch.ones(2)), 2), plain)
+    for weights in ([1.0, 0.5], [0.5, 1.0], [1.0, 2.0]):
+        other = sampled_batch(handles, prompts, Pictures(pictures, torch.tensor(weights)), 2)
+        assert (other - plain).abs().max() > 1e-3
+
+
+def test_a_weight_of_0_is_no_picture_to_the_last_bit(handles, prompts):
+    nothing, picture = sampled_batch(handles, prompts, None, 2), noise(1, 1, IMAGE_WIDTH) * 5
+    assert torch.equal(sampled_batch(handles, prompts, Pictures(picture, torch.zeros(1)), 2), nothing)
+
+
+def test_each_half_has_its_own_weights(handles, prompts):
+    """A guided run is the mix of what each half predicts alone, whether both are one pass or two."""
+    model, x = handles["stage_c"].module, noise(2, 16, 4, 4)
+    one, two = (noise(1, count, IMAGE_WIDTH, seed=count) * 5 for count in (1, 2))
+    given = [None, one, Pictures(one, torch.tensor([0.3])), Pictures(two, torch.tensor([0.3, 1.7]))]
+
+    def predicted(*images, guided=True):
+        texts = prompts if guided else prompts[:1]
+        denoiser = StageCDenoiser(model, *texts, image=images[0], uncond_image=images[1] if guided else None)
+        return denoiser.prepare(torch.tensor([0.5]), x.shape, guided)(x, 0, guided)
+
+    def alone(text, image):
+        return StageCDenoiser(model, text, image=image).prepare(torch.tensor([0.5]), x.shape, False)(x, 0, False)[0]
+
+    zeros = torch.zeros(1, 1, IMAGE_WIDTH)
+    with torch.no_grad():
+        for ours, theirs in itertools.product(given, [zeros, *given[1:]]):
+            for half, text, image in zip(predicted(ours, theirs), prompts, (ours, theirs), strict=True):
+                torch.testing.assert_close(half, alone(text, image), rtol=1e-4, atol=1e-4)
+        # Without pictures of its own, the other half reads as many of none.
+        half = predicted(given[3], None)[1]
+        torch.testing.assert_close(half, alone(prompts[1], torch.zeros_like(two)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_pictures_does_not_matter_as_long_as_each_keeps_its_weight(handles, prompts):
+    pictures, weights = noise(1, 3, IMAGE_WIDTH) * 5, torch.tensor([0.2, 0.7, 1.0])
+    usual = sampled_batch(handles, prompts, Pictures(pictures, weights), 1)
+    for order in ([2, 1, 0], [1, 0, 2]):
+        turned = sampled_batch(handles, prompts, Pictures(pictures[:, order], weights[order]), 1)
+        torch.testing.assert_close(turned, usual, rtol=1e-3, atol=1e-3)
+        swapped = sampled_batch(handles, prompts, Pictures(pictures[:, order], weights), 1)
+        assert (swapped - usual).abs().max() > 1e-2
+
+
+def test_weights_that_do_not_fit_the_pictures_are_refused(handles, prompts):
+    pictures = Pictures(noise(1, 2, IMAGE_WIDTH), torch.ones(3))
+    with pytest.raises(ValueError, match=r"2 pictures for the prompt came with weights of shape \[3\], expected \[2\]"):
+        sampled_batch(handles, prompts, pictures, 1)
+    with pytest.raises(ValueError, match=r"picture was encoded 23 wide and Stage C custom .* reads 24"):
+        sampled_batch(handles, prompts, Pictures(noise(1, 2, 23), torch.ones(2)), 1)
+
+
 # Refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +313,9 @@ def test_an_encoder_of_another_width_is_refused(host):
     wide = SimpleNamespace(image_embeds=torch.zeros(1, 768))
     with pytest.raises(ValueError, match="encoded 768 wide and the conditioning has one that is 24 wide"):
         with_picture(None, with_picture(noise(1, 8, 8, 3)), clip_vision_output=wide)
+    mixed = with_entries(inputs["positive"], entry(torch.zeros(1, 768), 1.0), entry(torch.zeros(1, 24), 1.0))
+    with pytest.raises(ValueError, match="conditioning of 'positive' were encoded 24 and 768 wide, expected one"):
+        run("CascadeSampleStageC", **inputs | {"positive": mixed})
     positive = with_picture(None, inputs["positive"], clip_vision_output=wide)
     with pytest.raises(ValueError, match=r"picture was encoded 768 wide and Stage C custom .* reads 24"):
         run("CascadeSampleStageC", **inputs | {"positive": positive})
@@ -250,7 +344,12 @@ def test_python_makes_the_picture_of_the_graph(host, pipeline, tmp_path):
     prompts = [ImagePrompt.read(tmp_path / "p.png", 0.5, "pad"), ImagePrompt(noise(2, 3, 30, 40), 2.0)]
     image = prompts[0].images.movedim(1, -1)
     wire = with_picture(prompts[1].images.movedim(1, -1), with_picture(image, weight=0.5, crop="pad"), weight=2.0)
-    assert torch.equal(embed_prompts(pipeline.image_encoder, prompts), wires.read_pictures(wire, "positive"))
+    assert_pictures(
+        embed_prompts(pipeline.image_encoder, prompts), read(wire).embeddings[0], read(wire).weights.tolist()
+    )
+    assert read(wire).weights.tolist() == [0.5, 2.0, 2.0]
+    encoded_by_hand = [embedded(p.images.movedim(1, -1), p.crop) for p in prompts]
+    assert torch.equal(read(wire).embeddings[0], torch.cat(encoded_by_hand))
     plain = generated(pipeline)
     assert generated(pipeline, images=prompts).tobytes() != plain.tobytes()
     assert generated(pipeline, images=[ImagePrompt(prompts[1].images, 0.0)]).tobytes() == plain.tobytes()

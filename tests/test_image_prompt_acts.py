@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stable_cascade_nodes.cascade_ops.denoisers import Pictures
 from stable_cascade_nodes.cascade_ops.image_prompts import ImagePrompt, embed_prompts
 from stable_cascade_nodes.tiny.captions import object_phrase
 from stable_cascade_nodes.tiny.checker import read_picture, score
@@ -38,7 +39,7 @@ def embeddings(family, pairs):
 
 @torch.no_grad()
 def made(family, prompts, image=None):
-    """Small pictures of Stage C alone, with an embedding for each."""
+    """Small pictures of Stage C alone, with an embedding or a weighted picture for each."""
     latents = family.sample_c(prompts, 0, {} if image is None else {"image": image})
     return as_pictures(family.previewer(latents))
 
@@ -67,17 +68,31 @@ def test_without_words_the_picture_decides(family, pairs, embeddings):
 
 
 @torch.no_grad()
-def test_the_weight_does_most_of_its_work_near_0(family, embeddings):
-    """A layer norm follows it: from a half on, what Stage C reads stays nearly the same."""
+def test_what_is_read_grows_evenly_with_the_weight(family, embeddings):
+    """Unlike with a scaled embedding: a layer norm follows it, and from a half on next to nothing changes."""
     text = family.text.encode("")
 
-    def tokens(weight):
+    def tokens(scale=1.0, weight=1.0):
         given = [each.expand(COUNT, *each.shape[1:]) for each in (text.hidden, text.pooled.reshape(1, 1, -1))]
-        return family.stage_c.condition_tokens(*given, embeddings * weight)[:, -4:]
+        weights = torch.full((COUNT, 1), weight)
+        return family.stage_c.condition_tokens(*given, embeddings * scale, weights)[:, -4:]
 
-    whole, off = tokens(1.0), tokens(0.0)
-    left = {weight: float((tokens(weight) - whole).norm() / (off - whole).norm()) for weight in (0.05, 0.1, 0.5, 2.0)}
-    assert left[0.05] > 0.6 > left[0.1] > 0.4 and left[0.5] < 0.15 and left[2.0] < 0.15
+    off = tokens(scale=0.0)
+    whole = (tokens() - off).norm()
+    for weight in (0.0, 0.1, 0.25, 0.5, 0.9, 1.0, 1.5):
+        assert float((tokens(weight=weight) - off).norm() / whole) == pytest.approx(weight, abs=1e-4)
+    assert (tokens(scale=0.5) - off).norm() / whole > 0.85
+
+
+def test_the_weight_is_a_dial(family, pairs, embeddings):
+    said, shown = pairs
+    prompts = [object_phrase(scene.objects[0]) for scene in said]
+    low, high = (made(family, prompts, Pictures(embeddings, torch.tensor([weight]))) for weight in (0.2, 0.75))
+    assert share(shown, low, "background colour") <= 0.4
+    assert share(shown, high, "background colour") >= 0.8
+    for pictures in (low, high):
+        for name in ("colour", "position", "shape"):
+            assert share(said, pictures, name) >= 0.75
 
 
 def test_a_picture_in_python_is_the_picture_of_the_family(family, pairs, embeddings):
@@ -86,4 +101,6 @@ def test_a_picture_in_python_is_the_picture_of_the_family(family, pairs, embeddi
 
     encoder = load_stage(bundled("image_encoder").path, "image_encoder")
     drawn = torch.from_numpy(render(pairs[1][0], 256)).permute(2, 0, 1)[None].float() / 255
-    torch.testing.assert_close(embed_prompts(encoder, [ImagePrompt(drawn, 0.5)]), embeddings[:1] * 0.5)
+    pictures = embed_prompts(encoder, [ImagePrompt(drawn, 0.5)])
+    torch.testing.assert_close(pictures.embeddings, embeddings[:1])
+    assert pictures.weights.tolist() == [0.5]

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from golden import build, read_golden, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stable_cascade_nodes.cascade_ops.models import ControlNet, StageA, StageB, StageC
 from stable_cascade_nodes.cascade_ops.models.layers import GlobalResponseNorm, timestep_embedding
@@ -74,6 +76,61 @@ def test_every_text_input_matters(stage_c):
         changed = [t + 0.5 if i == j else t for j, t in enumerate(text)]
         assert relative_error(model(tensors["x"], tensors["r"], *changed), usual) > 1e-3
     assert relative_error(model(tensors["x"], tensors["r"], text[0]), usual) > 1e-3
+
+
+_WEIGHTS = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-1, 3, width=32))
+
+
+def small_stage_c(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = StageC(c_cond=16, c_hidden=[16, 16], nhead=[2, 2], blocks=[[1, 1], [1, 1]], c_clip_text=8,
+                   c_clip_text_pooled=8, c_clip_img=6, c_clip_seq=3)  # fmt: skip
+    torch.nn.init.normal_(model.clip_img_mapper.bias)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 3), count=st.integers(1, 4), shared=st.booleans(), half=st.booleans())
+def test_the_weight_of_a_picture_moves_its_tokens_on_a_line(data, batch, count, shared, half):
+    model = small_stage_c(torch.bfloat16 if half else torch.float32)
+    rows = 1 if shared else batch
+    weight = torch.tensor(data.draw(st.lists(_WEIGHTS, min_size=rows * count, max_size=rows * count)))
+    weight = weight.reshape(rows, count)
+    text, pooled, pictures = torch.randn(batch, 5, 8), torch.randn(batch, 1, 8), torch.randn(batch, count, 6)
+    whole, nothing = (model.condition_tokens(text, pooled, each) for each in (pictures, torch.zeros_like(pictures)))
+    found = model.condition_tokens(text, pooled, pictures, weight)
+    assert found.shape == whole.shape == (batch, 5 + 3 + 3 * count, 16) and found.dtype == whole.dtype
+    assert torch.equal(found[:, :8], whole[:, :8])
+    for row in range(batch):
+        for number in range(count):
+            ours, theirs, none = (each[row, 8 + 3 * number :][:3] for each in (found, whole, nothing))
+            amount = float(weight[0 if shared else row, number])
+            if amount in (0, 1):
+                assert torch.equal(ours, theirs if amount else none)
+            expected = torch.lerp(none.double(), theirs.double(), amount)
+            torch.testing.assert_close(
+                ours.double(), expected, rtol=0.01 if half else 1e-5, atol=0.02 if half else 1e-5
+            )
+
+
+@torch.no_grad()
+def test_the_weight_of_a_picture_reaches_a_prepared_run(stage_c):
+    model, tensors, text = stage_c
+
+    def run(**changes):
+        return model.step(tensors["x"], model.prepare(LEVELS, *text, **changes), 1)
+
+    pictures = text[2].shape[1]
+    plain = run()
+    assert torch.equal(run(clip_img_weight=torch.ones(1, pictures)), plain)
+    rows = run(clip_img_weight=torch.tensor([[1.0], [0.3]]).expand(2, pictures))
+    assert relative_error(rows[:1], plain[:1]) < AGREEMENT and relative_error(rows[1:], plain[1:]) > 1e-3
+    # A single embedding is one picture.
+    one = [*text[:2], text[2][:, 0]]
+    found = model.condition_tokens(*one, torch.tensor([[0.3]]))
+    assert torch.equal(found, model.condition_tokens(*one[:2], one[2][:, None], torch.tensor([[0.3]])))
+    assert torch.equal(model.condition_tokens(*text[:2], None, torch.ones(1, 1)), model.condition_tokens(*text[:2]))
 
 
 def test_every_parameter_learns(stage_c, stage_b):

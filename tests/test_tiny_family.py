@@ -1,5 +1,7 @@
 """The shipped family: small enough, complete, and its pictures follow their prompts."""
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import torch
@@ -79,22 +81,41 @@ def test_reconstruction_keeps_the_picture(family, scenes):
     assert shares(scenes, pictures)["shape"] >= 0.65
 
 
+@pytest.fixture(scope="module")
+def measured(family):
+    """Of 8 pictures of each kind."""
+
+    @lru_cache
+    def run(name):
+        measure = MEASURES[name]
+        return measure.run(family, WEIGHTS, WEIGHTS / f"{measure.file}.safetensors", 8)
+
+    return run
+
+
 @pytest.mark.parametrize(
-    ("adapter", "measure", "with_it", "without"),
+    ("name", "measure", "with_it", "without"),
     [
+        ("image_prompt", "object colour", 0.7, 0.4),
+        ("image_prompt_and_words", "background colour", 0.8, 0.4),
+        ("image_prompt_and_words", "position", 0.8, None),
+        ("ip_adapter", "object colour", 0.7, 0.4),
+        ("ip_adapter_and_words", "background colour", 0.7, 0.4),
+        ("ip_adapter_and_words", "position", 0.8, None),
         ("lora", "the look", 0.8, 0.1),
+        ("lora_few_steps", "colour and shape", 0.3, 0.3),
         ("controlnet_canny", "F1 of edges", 0.6, 0.3),
         ("controlnet_inpainting", "PSNR outside", 28, None),
         ("controlnet_identity", "position", 0.6, 0.3),
-        ("ip_adapter", "object colour", 0.7, 0.4),
+        ("held_inpainting", "PSNR outside", 30, 27),
+        ("held_inpainting", "colour asked for", 0.8, None),
+        ("noisy_super_resolution", "PSNR", 28, 24),
+        ("reconstruction", "PSNR", 21, 12),
     ],
 )
-def test_an_adapter_does_what_it_was_trained_for(family, adapter, measure, with_it, without):
-    (row, *_) = [
-        row
-        for row in MEASURES[adapter](family, WEIGHTS, WEIGHTS / f"{adapter}.safetensors", 8).rows
-        if row.measure.startswith(measure)
-    ]
+def test_a_feature_does_what_it_is_for(measured, name, measure, with_it, without):
+    """A small version of the table in docs/tiny/adapters.md."""
+    row = next(row for row in measured(name).rows if row.measure.startswith(measure))
     assert row.with_it >= with_it
     assert without is None or row.without <= without
 

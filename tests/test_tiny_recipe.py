@@ -66,9 +66,12 @@ def test_every_adapter_is_measured_with_and_without(out, tmp_path, monkeypatch, 
     evaluate_adapters.main([*map(str, [*places, *results]), "--count", "1"])
     lines = (tmp_path / "table.md").read_text().splitlines()
     names = {line.split("|")[1].strip() for line in lines[2:]}
-    assert names == {"LoRA", "few steps", "canny", "inpainting", "super-resolution", "identity", "IP-Adapter"}
+    assert names == {
+        *("LoRA", "few steps", "canny", "inpainting", "inpainting, held", "super-resolution", "identity", "IP-Adapter"),
+        *("IP-Adapter and words", "image prompt", "image prompt and words", "reconstruction"),
+    }
     assert all(line.count("|") == 6 for line in lines)
-    assert {path.stem for path in (tmp_path / "sheets").iterdir()} == set(ADAPTERS)
+    assert {path.stem for path in (tmp_path / "sheets").iterdir()} == set(evaluate_adapters.MEASURES)
 
 
 def test_adapters_are_gathered_in_float16_and_small(out, tmp_path):

@@ -131,6 +131,17 @@ def test_from_the_last_level_the_guided_model_itself_is_the_goal(distilled, hand
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_without_teacher_steps_the_guided_answer_at_the_level_itself_is_the_goal(handles, tmp_path):
+    objective = objective_of(settings(tmp_path, lcm=LCM(STEPS, 0, 0.0, SHIFT)), handles)
+    conditions = objective.loss.conditions(next(Pictures(handles).batches(0, 1, 4, range(4))), Draws(0, 0, range(4)))
+    for start, levels in zip((1.0, 0.5), objective.levels, strict=True):
+        x, _, _ = noised(start)
+        expected = ended(handles["stage_c"].module, handles, start, x, 1, GUIDANCE)
+        torch.testing.assert_close(
+            objective._wanted(x, levels.expand(4, -1), conditions), expected, rtol=1e-3, atol=1e-3
+        )
+
+
 def test_from_an_earlier_level_the_goal_is_what_the_lora_says_at_the_next(distilled, handles):
     objective, (x, _, _) = distilled.objective, noised(1.0)
     conditions = objective.loss.conditions(next(Pictures(handles).batches(0, 1, 4, range(4))), Draws(0, 0, range(4)))

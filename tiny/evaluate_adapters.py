@@ -1,9 +1,9 @@
-"""Measure the adapters of the tiny family, each with and without it, on inputs that no training saw.
+"""Measure what pictures and adapters do on the tiny family, each with and without it, on inputs that no training saw.
 
     python -m stable_cascade_nodes.tiny.evaluate_adapters --out docs/tiny/adapters.md
 
 ``--adapters DIR`` measures those of another folder, ``--only NAME`` one of them; what is not there is left out.
-``--samples DIR`` writes contact sheets: what was given, and what was made with and without the adapter.
+``--samples DIR`` writes contact sheets: what was given, and what was made with and without it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..cascade_ops.adapters.dialects import read_lora
 from ..cascade_ops.adapters.lora import apply_lora
 from ..cascade_ops.adapters.tokens import with_tokens
 from ..cascade_ops.checkpoints import load
-from ..cascade_ops.denoisers import SteppedAdapter, SteppedControl
+from ..cascade_ops.denoisers import SteppedAdapter
 from ..cascade_ops.handles import load_stage
+from . import measure_pictures as pictures
 from .adapter_inputs import (
     edge_f1,
     edges_of,
@@ -35,70 +35,14 @@ from .adapter_inputs import (
     psnr_where,
 )
 from .captions import background_phrase, caption_full, unplaced
-from .drawing import Scene, render
-from .evaluate import BATCH, Family, contact_sheet, measured_scenes, psnr, shares
+from .evaluate import Family, contact_sheet, measured_scenes, psnr, shares
 from .family import IMAGE_SIZE, WEIGHTS
 from .looks import has_look, look_caption, look_scene, render_look
+from .measuring import SEED, Attach, Measured, Row, chain, drawn, steered_by
 from .recipe import ADAPTERS
 
-SEED = 6_000
 # Sides of the pictures that are made larger. Flat shapes of 128 pixels lose next to nothing by bicubic enlargement.
 SMALL_SIDES = (128, 32)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. wanted: the goal, in words."""
-
-    adapter: str
-    measure: str
-    with_it: float
-    without: float | None
-    wanted: str = ""
-    unit: str = ""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The rows of an adapter, and pictures for a sheet: what was given, made with it, made without it."""
-
-    rows: list[Row]
-    pictures: tuple[np.ndarray, ...]
-
-
-# For the pictures from `start` to `stop`, what `StageCDenoiser` takes beside text.
-Attach = Callable[[int, int], dict]
-
-
-def nothing(start: int, stop: int) -> dict:
-    return {}
-
-
-def chain(family: Family, prompts: Sequence[str], seed: int, attach: Attach = nothing) -> np.ndarray:
-    """Pictures of 256 x 256 through all three stages, at the family's defaults."""
-    pictures = []
-    for start in range(0, len(prompts), BATCH):
-        stop = min(start + BATCH, len(prompts))
-        latent = family.sample_c(prompts[start:stop], seed + start, attach(start, stop))
-        pictures.append(family.decode(family.sample_b(latent, prompts[start:stop], seed + start)))
-    return np.concatenate(pictures)
-
-
-def steered_by(path: Path, control: Tensor) -> Attach:
-    """A ControlNet that reads ``control [N, ...]``."""
-    controlnet, _ = load(path, expect="controlnet", dtype=torch.float32)
-    with torch.inference_mode():
-        residuals = controlnet(control)
-
-    def attach(start: int, stop: int) -> dict:
-        parts = [None if residual is None else residual[start:stop] for residual in residuals]
-        return {"controls": [SteppedControl(parts)]}
-
-    return attach
-
-
-def drawn(scenes: Sequence[Scene], size: int = IMAGE_SIZE) -> np.ndarray:
-    return np.stack([render(scene, size) for scene in scenes])
 
 
 def lora(family: Family, weights: Path, path: Path, count: int) -> Measured:
@@ -214,7 +158,7 @@ def ip_adapter(family: Family, weights: Path, path: Path, count: int) -> Measure
     scenes = measured_scenes(count, "test", 1)
     truth, prompts = drawn(scenes), [""] * count
     adapter, _ = load(path, expect="ip_adapter", dtype=torch.float32)
-    embeddings = torch.cat([family.embed(part) for part in np.array_split(truth, -(-count // BATCH))])
+    embeddings = pictures.embedded(family, truth)
 
     def attach(start: int, stop: int) -> dict:
         return {"adapters": [SteppedAdapter(adapter, embeddings[start:stop])]}
@@ -229,26 +173,51 @@ def ip_adapter(family: Family, weights: Path, path: Path, count: int) -> Measure
     return Measured(rows, (truth, made, plain))
 
 
-MEASURES: dict[str, Callable[[Family, Path, Path, int], Measured]] = {
-    "lora": lora,
-    "lora_few_steps": few_steps,
-    "controlnet_canny": canny_edges,
-    "controlnet_inpainting": inpainting,
-    "controlnet_super_resolution": super_resolution,
-    "controlnet_identity": identity,
-    "ip_adapter": ip_adapter,
+def ip_adapter_and_words(family: Family, weights: Path, path: Path, count: int) -> Measured:
+    adapter, _ = load(path, expect="ip_adapter", dtype=torch.float32)
+
+    def attach_of(shown: np.ndarray) -> Attach:
+        embeddings = pictures.embedded(family, shown)
+        return lambda start, stop: {"adapters": [SteppedAdapter(adapter, embeddings[start:stop])]}
+
+    return pictures.beside_words("IP-Adapter", family, attach_of, count)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """file: the adapter, or the part of the family, that it is about. run: takes the family, its folder, that file and
+    how many pictures of each kind to make."""
+
+    file: str
+    run: Callable[[Family, Path, Path, int], Measured]
+
+
+MEASURES = {
+    "image_prompt": Measure("image_encoder", pictures.image_variation),
+    "image_prompt_and_words": Measure("image_encoder", pictures.image_prompt_and_words),
+    "ip_adapter": Measure("ip_adapter", ip_adapter),
+    "ip_adapter_and_words": Measure("ip_adapter", ip_adapter_and_words),
+    "lora": Measure("lora", lora),
+    "lora_few_steps": Measure("lora_few_steps", few_steps),
+    "controlnet_canny": Measure("controlnet_canny", canny_edges),
+    "controlnet_identity": Measure("controlnet_identity", identity),
+    "controlnet_inpainting": Measure("controlnet_inpainting", inpainting),
+    "held_inpainting": Measure("controlnet_inpainting", pictures.held_inpainting),
+    "controlnet_super_resolution": Measure("controlnet_super_resolution", super_resolution),
+    "noisy_super_resolution": Measure("controlnet_super_resolution", pictures.noisy_super_resolution),
+    "reconstruction": Measure("latent_encoder", pictures.reconstruction),
 }
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| adapter | measured | with | without | wanted |", "|" + " --- |" * 5]
+    lines = ["| feature | measured | with | without | wanted |", "|" + " --- |" * 5]
     for row in rows:
         figures = [
             "" if value is None else f"{value:.1f} dB" if row.unit == "dB" else f"{value:.2f}"
             for value in (row.with_it, row.without)
         ]
-        lines.append(f"| {row.adapter} | {row.measure} | {' | '.join(figures)} | {row.wanted} |")
+        lines.append(f"| {row.feature} | {row.measure} | {' | '.join(figures)} | {row.wanted} |")
     return "\n".join(lines)
 
 
@@ -258,20 +227,21 @@ def sheet(pictures: Sequence[np.ndarray], columns: int = 8) -> Image.Image:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure the adapters of the tiny family with and without them.")
+    parser = argparse.ArgumentParser(description="Measure what pictures and adapters do, with and without them.")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with the parts of the family")
     parser.add_argument("--adapters", type=Path, help="folder with the adapters; default: that of the family")
-    parser.add_argument("--only", choices=ADAPTERS, help="measure this one")
+    parser.add_argument("--only", choices=MEASURES, help="measure this one")
     parser.add_argument("--count", type=int, default=50, help="pictures of each kind")
     parser.add_argument("--samples", type=Path, help="folder for contact sheets")
     parser.add_argument("--out", type=Path, help="file for the table")
     given = parser.parse_args(arguments)
     family, rows = Family.load(given.weights), []
     for name, measure in MEASURES.items():
-        path = (given.adapters or given.weights) / f"{name}.safetensors"
+        folder = given.adapters if given.adapters and measure.file in ADAPTERS else given.weights
+        path = folder / f"{measure.file}.safetensors"
         if (given.only and name != given.only) or not path.is_file():
             continue
-        measured = measure(family, given.weights, path, given.count)
+        measured = measure.run(family, given.weights, path, given.count)
         rows += measured.rows
         print(table(measured.rows), flush=True)
         if given.samples:

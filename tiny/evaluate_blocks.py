@@ -25,8 +25,8 @@ from ..cascade_ops.models import IPAdapter
 from .captions import object_phrase
 from .drawing import Scene
 from .evaluate import BATCH, Family, contact_sheet, measured_scenes, shares
-from .evaluate_adapters import SEED, chain, drawn
 from .family import WEIGHTS
+from .measuring import SEED, chain, drawn
 
 Groups = tuple[float, float, float, float]
 

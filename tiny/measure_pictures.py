@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..cascade_ops import stages
@@ -21,15 +22,18 @@ from ..cascade_ops.encoding import encode_stage_a
 from ..cascade_ops.handles import StageHandle, load_stage
 from ..cascade_ops.masks import feathered
 from ..cascade_ops.wires import Latent
-from .adapter_inputs import object_mask, other_object, psnr_where
+from .adapter_inputs import enlarged, object_mask, other_object, psnr_where
 from .captions import caption_full, object_phrase
 from .checker import read_picture
 from .drawing import Scene
 from .evaluate import BATCH, Family, measured_scenes, psnr, reconstruct, shares
-from .measuring import SEED, Attach, Measured, Row, chain, drawn
+from .family import IMAGE_SIZE
+from .measuring import SEED, Attach, Measured, Row, chain, drawn, steered_by
 
 # In pixels of a picture of 256: how softly a hole's border goes over into what is kept.
 FEATHER = 12
+# Of the noise on small pictures, in parts of full scale; and the time from which Stage B refines the enlarged ones.
+NOISE, REFINED_FROM = 0.1, 0.1
 
 
 def embedded(family: Family, pictures: np.ndarray) -> Tensor:
@@ -141,6 +145,36 @@ def held_inpainting(family: Family, weights: Path, path: Path, count: int) -> Me
     ]
     given = np.where(masks[..., None], 255, truth).astype(np.uint8)
     return Measured(rows, (given, made, plain))
+
+
+def noisy_super_resolution(family: Family, weights: Path, path: Path, count: int) -> Measured:
+    """Small noisy pictures, twice as large: Stage C from the ControlNet, Stage B started from the enlarged picture."""
+    rng = np.random.default_rng(SEED)
+    truth = drawn(measured_scenes(count, "test", 1))
+    small = drawn(measured_scenes(count, "test", 1), IMAGE_SIZE // 2)
+    small = np.clip(small + rng.normal(0, 255 * NOISE, small.shape), 0, 255).round().astype(np.uint8)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    bicubic = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in small])
+    stage_a = load_stage(weights / "stage_a.safetensors", "stage_a", dtype="float32")
+    stage_b = load_stage(weights / "stage_b.safetensors", "stage_b", dtype="float32")
+    settings = stages.SamplingSettings(steps=2, start=REFINED_FROM)
+    made = []
+    for start in range(0, count, BATCH):
+        part, prompts = small[start : start + BATCH], [""] * len(small[start : start + BATCH])
+        attach = steered_by(path, enlarged(family.encoder, part))
+        latent = Latent(family.sample_c(prompts, SEED + start, attach(0, len(part))), IMAGE_SIZE, IMAGE_SIZE)
+        large = encode_stage_a(stage_a, torch.from_numpy(bicubic[start : start + BATCH]).float() / 255)
+        text = family.conditions([""])[1]
+        refined = stages.sample_stage_b(
+            stage_b, latent, text, text, seed=SEED + start, settings=settings, start_latent=large
+        )
+        made.append(stages.decode_stage_a(stage_a, refined).mul(255).round().byte().numpy())
+    pictures = np.concatenate(made)
+    what = "PSNR from 128 noisy pixels; without: bicubic"
+    return Measured(
+        [Row("super-resolution", what, psnr(pictures, truth), psnr(bicubic, truth), "+1 dB", "dB")],
+        (truth, pictures, bicubic),
+    )
 
 
 def _other_first(scene: Scene, rng: np.random.Generator) -> Scene:

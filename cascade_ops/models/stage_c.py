@@ -98,7 +98,11 @@ class StageC(CascadeUNet):
             nn.init.normal_(mapper.weight, std=0.02)
 
     def condition_tokens(
-        self, clip_text: Tensor, clip_text_pooled: Tensor | None = None, clip_img: Tensor | None = None
+        self,
+        clip_text: Tensor,
+        clip_text_pooled: Tensor | None = None,
+        clip_img: Tensor | None = None,
+        clip_img_weight: Tensor | None = None,
     ) -> Tensor:
         """Map the CLIP embeddings to the sequence that attention reads.
 
@@ -106,9 +110,12 @@ class StageC(CascadeUNet):
             clip_text: last hidden state before the final norm, ``[N, T, c_clip_text]``.
             clip_text_pooled: projected pooled text, ``[N, P, c_clip_text_pooled]`` or ``[N, c_clip_text_pooled]``.
             clip_img: picture embeddings, ``[N, I, c_clip_img]`` or ``[N, c_clip_img]``.
+            clip_img_weight: how far the tokens of each picture go from those of an embedding of zeros, which is no
+                picture, (0) to its own (1), ``[N, I]`` or ``[1, I]``; other values lie on the same straight line.
+                None is 1. The embedding itself is no dial: the norm takes back what scales it.
 
         Returns:
-            ``[N, T + c_clip_seq (P + I), c_cond]``, normalised.
+            ``[N, T + c_clip_seq (P + I), c_cond]``, normalised except where a weight is not 1.
         """
 
         def spread(embedding: Tensor, mapper: nn.Linear) -> Tensor:
@@ -119,7 +126,15 @@ class StageC(CascadeUNet):
             tokens.append(spread(clip_text_pooled, self.clip_txt_pooled_mapper))
         if clip_img is not None:
             tokens.append(spread(clip_img, self.clip_img_mapper))
-        return layer_norm(torch.cat(tokens, dim=1))
+        condition = layer_norm(torch.cat(tokens, dim=1))
+        if clip_img is None or clip_img_weight is None:
+            return condition
+        words, pictures = condition.split([condition.shape[1] - tokens[-1].shape[1], tokens[-1].shape[1]], dim=1)
+        nothing = layer_norm(spread(clip_img.new_zeros(1, clip_img.shape[-1]), self.clip_img_mapper))
+        nothing = nothing.repeat(1, pictures.shape[1] // self.c_clip_seq, 1).float()
+        weight = clip_img_weight.float().repeat_interleave(self.c_clip_seq, dim=1)[..., None]
+        weighted = (nothing + weight * (pictures.float() - nothing)).to(pictures.dtype)
+        return torch.cat([words, torch.where(weight == 1, pictures, weighted)], dim=1)
 
     def prepare(
         self,
@@ -130,16 +145,17 @@ class StageC(CascadeUNet):
         sca: Tensor | None = None,
         crp: Tensor | None = None,
         decoupled: Sequence[DecoupledAttention] = (),
+        clip_img_weight: Tensor | None = None,
     ) -> Prepared:
         """Compute once what all steps of a run share.
 
         Args:
             timesteps: noise conditions of the run's steps, 0..1, ``[S]`` (or ``[S, N]``, one per condition).
-            clip_text, clip_text_pooled, clip_img: see ``condition_tokens``.
+            clip_text, clip_text_pooled, clip_img, clip_img_weight: see ``condition_tokens``.
             sca, crp: size conditions ``[N]`` or scalars; None counts as 0, which is what the release samples with.
             decoupled: what IP-Adapters add (`IPAdapter.attention`), each for all ``N`` conditions or for one.
         """
-        condition = self.condition_tokens(clip_text, clip_text_pooled, clip_img)
+        condition = self.condition_tokens(clip_text, clip_text_pooled, clip_img, clip_img_weight)
         return self.prepare_blocks(timesteps, condition, {"sca": sca, "crp": crp}, decoupled)
 
     def forward(

@@ -86,7 +86,7 @@ RANGES: dict[str, Range] = {
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,
     "lcm.steps": _COUNT,
-    "lcm.teacher_steps": _COUNT,
+    "lcm.teacher_steps": _FROM_ZERO,
     "lcm.guidance": _FROM_ZERO,
     "lcm.shift": _FROM_ZERO,
     "ip_adapter.tokens": _COUNT,

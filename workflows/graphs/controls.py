@@ -107,6 +107,7 @@ SUPER_RESOLUTION = Workflow(
                 _apply(13, 11),
             ),
             "stage_c",
+            width=280,
         ),
         _prompts(
             "a cross on an orange background",

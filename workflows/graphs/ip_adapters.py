@@ -159,14 +159,16 @@ COMBINED = Workflow(
                 ),
             ),
             "text",
+            width=280,
         ),
         Column(
             "IP-Adapter",
             (
-                _picture(17, "striped", "Look (or Load Image)"),
+                _picture(17, "cross", "Look (or Load Image)"),
                 _read(18, 17, (16, 0), mask=(13, 1)),
             ),
             "text",
+            width=280,
         ),
         Column("Stage C: what is seen", (sample_c(19, 10, 11, 12, stage_c=(18, 0)),), "stage_c"),
         Column("Stage B: detail", (sample_b(20, 19, 10, 11),), "stage_b"),

@@ -72,14 +72,14 @@ def sample_c(id: int, positive: int, negative: int, latent: int, title: str | No
         "CascadeSampleStageC",
         {**links, "previewer": (5, 0), **others},
         title,
-        height=660,
+        height=690,
         said=True,
     )
 
 
 def sample_b(id: int, latent: int, positive: int, negative: int, **others: object) -> Node:
     links = {"stage_b": (3, 0), "latent": (latent, 0), "positive": (positive, 0), "negative": (negative, 0)}
-    return Node(id, "CascadeSampleStageB", {**links, "stage_a": (4, 0), **others}, height=660, said=True)
+    return Node(id, "CascadeSampleStageB", {**links, "stage_a": (4, 0), **others}, height=740, said=True)
 
 
 def decode(id: int, latent: int, stage_a: tuple[int, int] = (4, 0)) -> Node:

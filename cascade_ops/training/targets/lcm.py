@@ -7,6 +7,7 @@ consistency distillation of Song et al. (2023, arXiv 2303.01469); the few noise 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,7 @@ from ..settings import Loss, Settings
 from ..stage_c_samples import StageCSampler
 from .lora import LoRAObjective, check_dialects
 
-Conditions = tuple[Tensor, Tensor, Tensor]
+Conditions = Sequence[Tensor]
 
 
 class LCMObjective(LoRAObjective):
@@ -48,9 +49,10 @@ class LCMObjective(LoRAObjective):
         own, lcm = handle.info.defaults, settings.lcm
         self.shift = lcm.shift or own["shift"]
         self.guidance = Guidance(lcm.guidance or own["guidance"])
-        times = step_times(lcm.steps * lcm.teacher_steps)
-        # [steps, teacher steps + 1]: the levels between each of the sampler's and the next.
-        self.levels = log_snr_at(times, shift=self.shift).unfold(0, lcm.teacher_steps + 1, lcm.teacher_steps)
+        between = max(1, lcm.teacher_steps)
+        levels = log_snr_at(step_times(lcm.steps * between), shift=self.shift)
+        # [steps, teacher steps + 1]: the levels from each of the sampler's to the next.
+        self.levels = levels.unfold(0, between + 1, between)[:, : lcm.teacher_steps + 1]
         self.train()
 
     def train(self, mode: bool = True) -> LCMObjective:
@@ -64,7 +66,7 @@ class LCMObjective(LoRAObjective):
         latent = batch["stage_c_latent"].float()
         levels = self.levels[draws.integers(len(self.levels))]
         first = levels[:, 0]
-        noised = add_noise(latent, draws.normal(*latent.shape[1:]).to(latent.device), first.to(latent.device))
+        noised = _noised(latent, draws.normal(*latent.shape[1:]).to(latent.device), first)
         with torch.no_grad():
             wanted = self._wanted(noised, levels, conditions)
         a, b = _factors(first, noised)
@@ -79,29 +81,29 @@ class LCMObjective(LoRAObjective):
     def _wanted(self, x: Tensor, levels: Tensor, conditions: Conditions) -> Tensor:
         """The clean latents ``[B, C, h, w]`` to be named at the first of ``levels [B, teacher steps + 1]``."""
         with switched_off(self.layers.values()):
-            for now, after in zip(levels.T[:-1], levels.T[1:], strict=True):
-                noise = self._guided(x, now, conditions)
-                a, b = _factors(now, x)
-                end = (x - b * noise) / a
-                a, b = _factors(after, x)
-                x = a * end + b * noise
+            end, noise = self._guided(x, levels[:, 0], conditions)
+            if levels.shape[1] == 1:
+                return end
+            for level in levels.T[1:-1]:
+                x = _noised(end, noise, level)
+                end, noise = self._guided(x, level, conditions)
         last = levels[:, -1]
-        a, b = _factors(last, x)
-        student = (x - b * self._noise(x, last, conditions)) / a
+        x = _noised(end, noise, last)
+        student = _clean(x, self._noise(x, last, conditions), last)
         # At the end of the schedule there is nothing left to say: the teacher's clean latent is the answer.
         ended = (last >= self.levels[-1, -1]).view(-1, 1, 1, 1).to(x.device)
         return torch.where(ended, end, student)
 
-    def _guided(self, x: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
-        """The teacher's noise."""
+    def _guided(self, x: Tensor, level: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise that the teacher sees in `x`."""
         if self.guidance.scale == 1:
-            return self._noise(x, level, conditions)
-        nothing = (self.loss.hidden, self.loss.pooled, conditions[2].new_zeros(1, 1, 1))
-        both = [
-            torch.cat([some, none.to(some).expand_as(some)]) for some, none in zip(conditions, nothing, strict=True)
-        ]
-        with_prompt, without = self._noise(torch.cat([x, x]), level.repeat(2), both).chunk(2)
-        return self.guidance.combine(with_prompt, without, self.guidance.scale)
+            noise = self._noise(x, level, conditions)
+        else:
+            nothing = (self.loss.hidden, self.loss.pooled, conditions[2].new_zeros(1, 1, 1))
+            both = [torch.cat([c, none.to(c).expand_as(c)]) for c, none in zip(conditions, nothing, strict=True)]
+            halves = self._noise(torch.cat([x, x]), level.repeat(2), both).chunk(2)
+            noise = self.guidance.combine(*halves, self.guidance.scale)
+        return _clean(x, noise, level), noise
 
     def _noise(self, x: Tensor, level: Tensor, conditions: Conditions) -> Tensor:
         """What the model, with the LoRA where it is not switched off, takes for the noise of ``x [B, C, h, w]``."""
@@ -124,6 +126,15 @@ def _factors(level: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """`signal_and_noise` of ``level [B]``, to multiply ``x [B, C, h, w]`` with."""
     a, b = signal_and_noise(level.to(x.device).view(-1, 1, 1, 1))
     return a, b
+
+
+def _noised(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    return add_noise(clean, noise, level.to(clean.device))
+
+
+def _clean(x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    a, b = _factors(level, x)
+    return (x - b * noise) / a
 
 
 def build(settings: Settings, parts: Parts) -> LCMObjective:
