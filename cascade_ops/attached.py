@@ -88,7 +88,7 @@ def fitted_control(applied: AppliedControl, latent: Tensor, pixels: tuple[int, i
     control, (rows, columns) = applied.control, latent.shape[-2:]
     _check_batch(applied.network, "controls", control, len(latent))
     size = applied.size or control.shape[-2:]
-    _check_shape(f"The picture that the control of {applied.network.title} is of", size, latent, pixels)
+    _check_shape(f"The picture behind the control of {applied.network.title}", size, latent, pixels)
     if applied.network.module.bottleneck_mode != "effnet":
         return control
     control = control_picture(control, rows, columns)

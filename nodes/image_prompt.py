@@ -38,8 +38,8 @@ class CascadeImagePrompt:
                     },
                 ),
                 "weight": strength(
-                    "How much of the picture is taken over. 1 is what Stage C learned, less leaves more to the words, "
-                    "0 is off."
+                    "How far to go towards the picture. 0 is off, 0.5 is halfway, 1 is what Stage C learned. Above 1 "
+                    "the picture speaks over the words; beyond 2 it breaks."
                 ),
                 "crop": (
                     list(CROPS),

@@ -77,9 +77,9 @@ class CascadeLoadLoRA:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "What each new word started as in training, with commas between several: dog, or "
-                        "as in the training configuration ^dog</w>. Only for files of the original trainer; empty "
-                        "there means that it started as nothing.",
+                        "tooltip": "What each new word started as in training, with commas between several: a word "
+                        "such as dog, or the pattern of the training configuration. Only for files of the original "
+                        "trainer; empty there means that it started as nothing.",
                     },
                 ),
             },

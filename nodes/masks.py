@@ -77,22 +77,22 @@ class CascadePadForOutpainting:
     RETURN_NAMES = ("image", "mask")
     OUTPUT_TOOLTIPS = (
         "The picture with its border, for 'Cascade: inpaint control' and 'Cascade: encode Stage C'.",
-        "1 in the border, falling to 0 inside of the old picture.",
+        "The new border: 1 there, falling to 0 inside of the old picture.",
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         def side(name: str, default: int = 0) -> tuple:
-            tooltip = f"Pixels to add {name}."
+            tooltip = f"How many pixels the picture grows {name}."
             return ("INT", {"default": default, "min": 0, "max": 16384, "step": 8, "tooltip": tooltip})
 
         return {
             "required": {
                 "image": ("IMAGE", {"tooltip": "The picture to make larger."}),
                 "left": side("on the left", 256),
-                "top": side("above"),
+                "top": side("at the top"),
                 "right": side("on the right", 256),
-                "bottom": side("below"),
+                "bottom": side("at the bottom"),
                 "feather": (
                     "INT",
                     {

@@ -265,9 +265,13 @@ def test_the_template_browser_shows_the_workflows_with_their_thumbnails(editor):
 
 @pytest.mark.parametrize("class_type", NODE_CLASS_MAPPINGS)
 def test_nodes_have_the_colours_of_the_templates(class_type, palette):
-    colours = colours_of(NODE_CLASS_MAPPINGS[class_type])
-    assert colours is not None
-    assert palette[class_type] == [NODE_DISPLAY_NAME_MAPPINGS[class_type], *colours]
+    node = NODE_CLASS_MAPPINGS[class_type]
+    colours = colours_of(node)
+    # Those that only pass on pictures, masks, latents or conditioning are left in the editor's grey.
+    required = [kind for kind, *_ in node.INPUT_TYPES().get("required", {}).values()]
+    models = [kind for kind in (*node.RETURN_TYPES, *required) if str(kind).startswith("CASCADE_")]
+    assert (colours is None) == (not models)
+    assert palette[class_type] == [NODE_DISPLAY_NAME_MAPPINGS[class_type], *(colours or (None, None))]
 
 
 @pytest.fixture(scope="module")

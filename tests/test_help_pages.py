@@ -32,7 +32,7 @@ def test_a_page_names_everything_and_says_what_a_person_must_know(name):
     hints = help_pages.hints_of(page)
     assert len(hints.splitlines()) >= 2
     assert all(line.startswith("- ") for line in hints.splitlines())
-    listed = re.findall(r"^- \*\*([a-z_]+)\*\* \([^:]*`[^:]*\): ", page, re.MULTILINE)
+    listed = re.findall(r"^- \*\*([a-z_]+)\*\* \(.*?`.*?\): ", page, re.MULTILINE)
     assert listed == [*node.inputs, *(output for output, _, _ in node.outputs)]
 
 

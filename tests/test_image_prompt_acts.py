@@ -11,7 +11,7 @@ from stable_cascade_nodes.tiny.checker import read_picture, score
 from stable_cascade_nodes.tiny.drawing import render
 from stable_cascade_nodes.tiny.evaluate import Family, as_pictures, measured_scenes
 
-COUNT = 12
+COUNT = 8
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_what_is_read_grows_evenly_with_the_weight(family, embeddings):
     whole = (tokens() - off).norm()
     for weight in (0.0, 0.1, 0.25, 0.5, 0.9, 1.0, 1.5):
         assert float((tokens(weight=weight) - off).norm() / whole) == pytest.approx(weight, abs=1e-4)
-    assert (tokens(scale=0.5) - off).norm() / whole > 0.85
+    assert (tokens(scale=0.1) - off).norm() / whole > 0.45 and (tokens(scale=0.5) - off).norm() / whole > 0.85
 
 
 def test_the_weight_is_a_dial(family, pairs, embeddings):
@@ -93,6 +93,8 @@ def test_the_weight_is_a_dial(family, pairs, embeddings):
     for pictures in (low, high):
         for name in ("colour", "position", "shape"):
             assert share(said, pictures, name) >= 0.75
+    over = made(family, prompts, Pictures(embeddings, torch.tensor([2.0])))
+    assert share(shown, over, "colour") >= 0.7 and share(said, over, "colour") <= 0.3
 
 
 def test_a_picture_in_python_is_the_picture_of_the_family(family, pairs, embeddings):

@@ -11,8 +11,9 @@ from stable_cascade_nodes.tiny import evaluate_adapters
 from stable_cascade_nodes.tiny.captions import background_phrase, caption_full, unplaced
 from stable_cascade_nodes.tiny.drawing import HELD_OUT_PAIRS, random_scene, render
 from stable_cascade_nodes.tiny.evaluate import measured_scenes
-from stable_cascade_nodes.tiny.evaluate_adapters import Row, table
+from stable_cascade_nodes.tiny.evaluate_adapters import table
 from stable_cascade_nodes.tiny.looks import TOKEN, look_scene, render_look
+from stable_cascade_nodes.tiny.measuring import Row, nothing
 from stable_cascade_nodes.tiny.objects import WIDTH, object_embedding
 
 
@@ -83,9 +84,9 @@ def test_controls_have_the_form_that_was_trained_on(scenes, pictures):
 def oracle(truth, blank):
     """A chain that makes the truth with an adapter and grey pictures without."""
 
-    def chain(family, prompts, seed, attach=evaluate_adapters.nothing):
+    def chain(family, prompts, seed, attach=nothing):
         oracle.prompts = prompts
-        return truth(len(prompts)) if attach is not evaluate_adapters.nothing else blank(len(prompts))
+        return truth(len(prompts)) if attach is not nothing else blank(len(prompts))
 
     return chain
 

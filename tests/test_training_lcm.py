@@ -18,6 +18,7 @@ from stable_cascade_nodes.cascade_ops.diffusion import (
     log_snr_at,
     sample,
     signal_and_noise,
+    step_times,
 )
 from stable_cascade_nodes.cascade_ops.training import targets
 from stable_cascade_nodes.cascade_ops.training.draws import Draws
@@ -140,6 +141,14 @@ def test_without_teacher_steps_the_guided_answer_at_the_level_itself_is_the_goal
         torch.testing.assert_close(
             objective._wanted(x, levels.expand(4, -1), conditions), expected, rtol=1e-3, atol=1e-3
         )
+
+
+def test_each_level_is_one_at_which_the_sampler_calls_the_model(distilled, handles, tmp_path):
+    called = log_snr_at(step_times(STEPS), shift=SHIFT)
+    assert torch.equal(distilled.objective.levels[:, 0], called[:-1])
+    assert torch.equal(distilled.objective.levels[:, -1], called[1:])
+    own = objective_of(settings(tmp_path, lcm=LCM(4)), handles)  # the shift of the model
+    assert torch.equal(own.levels[:, 0], log_snr_at(step_times(4), shift=1.5)[:-1])
 
 
 def test_from_an_earlier_level_the_goal_is_what_the_lora_says_at_the_next(distilled, handles):

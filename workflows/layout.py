@@ -24,6 +24,7 @@ COLOURS = {
     "CASCADE_IP_ADAPTER": ("#332922", "#593930"),
     "CASCADE_CONTROLNET": ("#322", "#533"),
     "CASCADE_CONTROL": ("#322", "#533"),
+    "CASCADE_FACES": ("#322", "#533"),
 }
 _NOTE_COLOURS = ("#222", "#000")
 _GROUP_COLOURS = {"models": "#444", "text": "#8A8", "stage_c": "#a1309b", "stage_b": "#88A", "stage_a": "#8AA"}

@@ -171,8 +171,9 @@ class LoRA:
 class LCM:
     """What a LoRA for few steps is distilled for (Luo et al. 2023); its size is in `LoRA`.
 
-    steps: of the lcm sampler. teacher_steps: of the model itself, with guidance, from each of these steps to the next.
-    guidance: of the model itself; shift: of the schedule of both; 0 is the model's own.
+    steps: of the lcm sampler. teacher_steps: of the model itself, with guidance, from each of these steps to the next;
+    0 learns the guided answer at each of them alone. guidance: of the model itself; shift: of the schedule of both;
+    0 is the model's own.
     """
 
     steps: int = 4

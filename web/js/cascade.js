@@ -14,6 +14,7 @@ const COLOURS = {
   CASCADE_IP_ADAPTER: ["#332922", "#593930"],
   CASCADE_CONTROLNET: ["#322", "#533"],
   CASCADE_CONTROL: ["#322", "#533"],
+  CASCADE_FACES: ["#322", "#533"],
 };
 
 const USED = "cascade_used";

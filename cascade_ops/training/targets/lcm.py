@@ -1,8 +1,9 @@
 """A LoRA for few steps, distilled from the model itself: what the lcm sampler needs.
 
 Source: Luo et al., "Latent Consistency Models" (2023, arXiv 2310.04378) and "LCM-LoRA" (2023, arXiv 2311.05556), on the
-consistency distillation of Song et al. (2023, arXiv 2303.01469); the few noise levels with an end each of Heek et al.,
-"Multistep Consistency Models" (2024, arXiv 2403.06807), with clean latents as every end.
+consistency distillation of Song et al. (2023, arXiv 2303.01469). The few levels, with a goal each, are after Heek et
+al., "Multistep Consistency Models" (2024, arXiv 2403.06807); without teacher steps it is the first stage of Meng et
+al., "On Distillation of Guided Diffusion Models" (2022, arXiv 2210.03142), for one guidance and a few levels.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ Conditions = Sequence[Tensor]
 
 
 class LCMObjective(LoRAObjective):
-    """Makes one step of the lcm sampler end where many guided steps of the plain model end.
+    """Makes one unguided step of the lcm sampler say what many guided steps of the plain model come to.
 
     Latents are noised to one of the levels at which the sampler will call the model. From there the plain model, which
     is the teacher, goes to the next of these levels in small guided DDIM steps; what the student takes for the clean
     latent there, as it is now, is what it is to say at the first level already. From the last level the teacher goes
-    to the end. So the student's answers at the last level become the teacher's, and then those before, one by one. The
-    teacher's guidance is learned with it: sampling wants a guidance of 1.
+    to the end. So the student's answers at the last level become the teacher's, and then those before, one by one.
+    Without teacher steps the goal is the teacher's guided answer at the level itself. Either way the guidance is
+    learned with it: sampling wants a guidance of 1.
 
-    The error is the clean latent's, weighted with the square root of the signal-to-noise ratio. At the first level,
-    which is almost pure noise, a wrong noise is a clean latent a hundred times as wrong: the clean latent's error alone
-    would be that of the first level and nothing else, the noise's error next to nothing there.
+    The weight of the noise's error is the fourth root of noise to signal (of their variances). It lies between none,
+    with which errors of the first level, a hundred times as large in the clean latent, cost next to nothing, and that
+    of the clean latent's error, with which the first level drowns all others.
     """
 
     def __init__(self, settings: Settings, handle: StageHandle, text_encoder: StageHandle, start: LoRA | None = None):
-        # Of the diffusion losses the one that is weighted so.
+        # A diffusion loss that learns nothing of its own.
         super().__init__(replace(settings, loss=Loss(weight="constant")), handle, text_encoder, None, start)
         own, lcm = handle.info.defaults, settings.lcm
         self.shift = lcm.shift or own["shift"]
