@@ -52,7 +52,7 @@ FilesOf = Callable[[str], Sequence[ModelFile]]  # the user's files that may hold
 
 
 def bundled(stage: str, kind: str = "") -> ModelFile:
-    """The file of the tiny family that comes with this package; `kind` says which of its ControlNets or LoRAs."""
+    """The file of the tiny family that comes with this package; `kind` says which of its ControlNets."""
     name = f"{stage}_{kind}" if kind else stage
     return ModelFile(BUNDLED, str(_BUNDLED_FOLDER / f"{name}.safetensors"))
 

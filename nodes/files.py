@@ -24,7 +24,6 @@ WHERE = {
 # There is a bundled ControlNet for each kind of control, and a best file.
 AUTO_CONTROLNETS = {f"auto ({kind})": kind for kind in catalog.CONTROL_KINDS}
 BUNDLED_CONTROLNETS = {f"tiny {kind} (bundled)": kind for kind in catalog.CONTROL_KINDS}
-BUNDLED_LORAS = {"tiny few steps (bundled)": "few_steps"}
 
 
 def choices(stage: str) -> list[str]:
@@ -33,7 +32,7 @@ def choices(stage: str) -> list[str]:
     if stage == "controlnet":
         return [*AUTO_CONTROLNETS, *BUNDLED_CONTROLNETS, *names]
     # What a LoRA is for does not show in the file, so there is no best one.
-    return [BUNDLED, *BUNDLED_LORAS, *names] if stage == "lora" else [AUTO, BUNDLED, *names]
+    return [BUNDLED, *names] if stage == "lora" else [AUTO, BUNDLED, *names]
 
 
 def checkpoint_choices() -> list[str]:
@@ -51,8 +50,6 @@ def find(stage: str, choice: str) -> ModelFile:
             return _present(catalog.best(stage, _files_of, AUTO_CONTROLNETS[choice]), stage)
         if choice in BUNDLED_CONTROLNETS:
             return _present(catalog.bundled(stage, BUNDLED_CONTROLNETS[choice]), stage)
-    elif stage == "lora" and choice in BUNDLED_LORAS:
-        return _present(catalog.bundled(stage, BUNDLED_LORAS[choice]), stage)
     elif choice == AUTO and stage != "lora":
         return _present(catalog.best(stage, _files_of), stage)
     elif choice == BUNDLED:

@@ -103,7 +103,6 @@ def measured(family):
         ("ip_adapter_and_words", "background colour", 0.7, 0.4),
         ("ip_adapter_and_words", "position", 0.8, None),
         ("lora", "the look", 0.8, 0.1),
-        ("lora_few_steps", "colour and shape", 0.3, 0.3),
         ("controlnet_canny", "F1 of edges", 0.6, 0.3),
         ("controlnet_inpainting", "PSNR outside", 28, None),
         ("controlnet_identity", "position", 0.6, 0.3),

@@ -67,7 +67,7 @@ def test_every_adapter_is_measured_with_and_without(out, tmp_path, monkeypatch, 
     lines = (tmp_path / "table.md").read_text().splitlines()
     names = {line.split("|")[1].strip() for line in lines[2:]}
     assert names == {
-        *("LoRA", "few steps", "canny", "inpainting", "inpainting, held", "super-resolution", "identity", "IP-Adapter"),
+        *("LoRA", "canny", "inpainting", "inpainting, held", "super-resolution", "identity", "IP-Adapter"),
         *("IP-Adapter and words", "image prompt", "image prompt and words", "reconstruction"),
     }
     assert all(line.count("|") == 6 for line in lines)
@@ -78,9 +78,9 @@ def test_adapters_are_gathered_in_float16_and_small(out, tmp_path):
     publish.main(["--out", str(out), "--to", str(tmp_path), "--adapters"])
     found = {path.stem: inspect_file(path) for path in tmp_path.iterdir()}
     assert found.keys() == ADAPTERS.keys()
-    stages = {"lora": "lora", "lora_few_steps": "lora", "ip_adapter": "ip_adapter"}
+    stages = {"lora": "lora", "ip_adapter": "ip_adapter"}
     assert {name: info.stage for name, info in found.items()} == {n: stages.get(n, "controlnet") for n in ADAPTERS}
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3_850_000
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3_600_000
     with safe_open(str(tmp_path / "lora.safetensors"), "pt") as file:
         assert TOKEN in str(file.metadata())
 

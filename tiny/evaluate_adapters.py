@@ -69,31 +69,6 @@ def lora(family: Family, weights: Path, path: Path, count: int) -> Measured:
     return Measured(rows, (truth, made, plain))
 
 
-def few_steps(family: Family, weights: Path, path: Path, count: int) -> Measured:
-    """The lcm sampler in the steps and with the guidance that the LoRA brings, where a prompt leaves things open and
-    where it says much; without: the model as it is, in as many steps, and in its own."""
-    one, two = measured_scenes(count, "test", 1), measured_scenes(count, "test", 2)
-    handle = load_stage(weights / "stage_c.safetensors", "stage_c", dtype="float32")
-    learned = read_lora(path, handle.module)
-    changed, _ = apply_lora(handle, learned)
-    base = replace(family, defaults_c={**family.defaults_c, **learned.defaults, "sampler": "lcm"})
-    adapted = replace(base, stage_c=changed.module)
-    open_prompts, full_prompts = [unplaced(scene) for scene in one], [caption_full(scene) for scene in two]
-    steps, rows, shown = f"{learned.defaults['steps']} steps", [], []
-    figures = {"colour and shape, place left open": (one, open_prompts, "colour and shape")}
-    figures |= {"all attributes of two objects": (two, full_prompts, "all")}
-    for what, (scenes, prompts, name) in figures.items():
-        made = [chain(each, prompts, SEED) for each in (adapted, base, family)]
-        here, there, guided = (shares(scenes, pictures)[name] for pictures in made)
-        rows += [
-            Row("few steps", f"{what}; without: the same {steps}", here, there),
-            Row("few steps", f"{what}; without: {family.defaults_c['steps']} guided steps", here, guided),
-        ]
-        if scenes is one:
-            shown = made
-    return Measured(rows, (drawn(one), *shown))
-
-
 def canny_edges(family: Family, weights: Path, path: Path, count: int) -> Measured:
     """Edges of the picture, with a prompt that says neither where nor how large."""
     scenes = measured_scenes(count, "test", 1)
@@ -198,7 +173,6 @@ MEASURES = {
     "ip_adapter": Measure("ip_adapter", ip_adapter),
     "ip_adapter_and_words": Measure("ip_adapter", ip_adapter_and_words),
     "lora": Measure("lora", lora),
-    "lora_few_steps": Measure("lora_few_steps", few_steps),
     "controlnet_canny": Measure("controlnet_canny", canny_edges),
     "controlnet_identity": Measure("controlnet_identity", identity),
     "controlnet_inpainting": Measure("controlnet_inpainting", inpainting),

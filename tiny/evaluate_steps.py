@@ -1,9 +1,9 @@
-"""Measure how many steps the tiny family needs, by sampler, with and without the LoRA for few steps.
+"""Measure how many steps the tiny family needs, by sampler.
 
     python -m stable_cascade_nodes.tiny.evaluate_steps --out docs/tiny/steps.md
 
 Stage C is read through the previewer, for prompts that leave the place of the object open and for prompts of two
-objects; Stage B through the whole chain, for one object.
+objects; Stage B through the whole chain, for one object. ``--lora FILE`` measures a LoRA for few steps too.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from .evaluate import BATCH, Family, as_pictures, measured_scenes, shares
 from .family import IMAGE_SIZE, WEIGHTS
 
 SEED = 8_000
-# Sampler, steps, with guidance, with the LoRA.
+# Sampler, steps, with guidance.
 STAGE_C = (
-    ("ddpm", 20, True, False),
-    ("ddpm", 20, False, False),
-    ("ddpm", 8, True, False),
-    ("ddpm", 4, True, False),
-    ("dpmpp_2m", 8, True, False),
-    ("dpmpp_2m", 4, True, False),
-    ("ddpm", 4, False, False),
-    ("lcm", 4, False, False),
-    ("lcm", 2, False, False),
-    ("lcm", 8, False, True),
-    ("lcm", 4, False, True),
-    ("lcm", 2, False, True),
-    ("lcm", 4, True, True),
-    ("ddpm", 4, False, True),
-    ("ddpm", 20, True, True),
+    ("ddpm", 20, True),
+    ("ddpm", 20, False),
+    ("ddpm", 8, True),
+    ("ddpm", 4, True),
+    ("ddpm", 4, False),
+    ("dpmpp_2m", 8, True),
+    ("dpmpp_2m", 4, True),
+    ("lcm", 8, True),
+    ("lcm", 8, False),
+    ("lcm", 4, True),
+    ("lcm", 4, False),
+    ("lcm", 2, True),
+    ("lcm", 2, False),
 )
+# With a LoRA for few steps.
+WITH_LORA = (("lcm", 8, False), ("lcm", 4, False), ("lcm", 4, True), ("lcm", 2, False))
 STAGE_B = (("ddpm", 10), ("ddpm", 5), ("ddpm", 3), ("dpmpp_2m", 5), ("dpmpp_2m", 3))
 
 
@@ -69,18 +69,14 @@ def read_stage_c(family: Family, scenes: Sequence[Scene], prompts: Sequence[str]
     return shares(scenes, np.concatenate(parts))
 
 
-def stage_c_rows(family: Family, adapted: Family | None, count: int) -> Iterator[str]:
-    """A line of the table per way of sampling; those with the LoRA only where there is one."""
+def stage_c_rows(family: Family, ways: Sequence[tuple[str, int, bool]], count: int, lora: str = "") -> Iterator[str]:
+    """A line of the table per way of sampling. lora: what the line says of the LoRA that the family has."""
     one, two = measured_scenes(count, "test", 1), measured_scenes(count, "test", 2)
-    guidance = family.defaults_c["guidance"]
-    for sampler, steps, guided, lora in STAGE_C:
-        used = adapted if lora else family
-        if used is None:
-            continue
-        changes = {"sampler": sampler, "steps": steps, "guidance": guidance if guided else 1.0}
-        left_open = read_stage_c(used, one, [unplaced(scene) for scene in one], **changes)["colour and shape"]
-        whole = read_stage_c(used, two, [caption_full(scene) for scene in two], **changes)["all"]
-        cells = [sampler, steps, f"{changes['guidance']:g}", "yes" if lora else "", steps * (2 if guided else 1)]
+    for sampler, steps, guided in ways:
+        changes = {"sampler": sampler, "steps": steps, "guidance": family.defaults_c["guidance"] if guided else 1.0}
+        left_open = read_stage_c(family, one, [unplaced(scene) for scene in one], **changes)["colour and shape"]
+        whole = read_stage_c(family, two, [caption_full(scene) for scene in two], **changes)["all"]
+        cells = [sampler, steps, f"{changes['guidance']:g}", lora, steps * (2 if guided else 1)]
         yield f"| {' | '.join(map(str, cells))} | {left_open:.2f} | {whole:.2f} |"
 
 
@@ -101,13 +97,11 @@ def stage_b_rows(family: Family, count: int) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure samplers and step counts on the tiny family.")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with the parts of the family")
-    parser.add_argument("--lora", type=Path, help="the LoRA for few steps; default: that of the family")
+    parser.add_argument("--lora", type=Path, help="a LoRA for few steps, to measure the family with it too")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind; a quarter as many for Stage B")
     parser.add_argument("--out", type=Path, help="file for the tables")
     given = parser.parse_args(arguments)
     family = Family.load(given.weights)
-    path = given.lora or given.weights / "lora_few_steps.safetensors"
-    adapted = with_lora(given.weights, family, path) if path.is_file() else None
     lines = []
 
     def say(line: str) -> None:
@@ -116,8 +110,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     say("| sampler of Stage C | steps | guidance | LoRA | model runs | place left open | two objects |")
     say("|" + " --- |" * 7)
-    for row in stage_c_rows(family, adapted, given.count):
+    for row in stage_c_rows(family, STAGE_C, given.count):
         say(row)
+    if given.lora:
+        for row in stage_c_rows(with_lora(given.weights, family, given.lora), WITH_LORA, given.count, "yes"):
+            say(row)
     say("")
     say("| sampler of Stage B | steps | colour and shape | all |")
     say("|" + " --- |" * 4)

@@ -44,7 +44,7 @@ _RED_CIRCLE = _object("circle", "red", "small", "left", (0.2139, 0.5199, 0.1628)
 _YELLOW_RING = _object("ring", "yellow", "large", "bottom right", (0.6774, 0.6863, 0.2745), (252, 223, 59))
 _ORANGE_CIRCLE = _object("circle", "orange", "large", "centre", (0.4975, 0.5068, 0.286), (252, 145, 21))
 _WHITE_SQUARE = _object("square", "white", "large", "centre", (0.508, 0.4935, 0.2842), (245, 247, 252))
-_WHITE_CROSS = _object("cross", "white", "large", "right", (0.6811, 0.4952, 0.2884), (245, 247, 251))
+_BLUE_CIRCLE = _object("circle", "blue", "large", "right", (0.6791, 0.4913, 0.2895), (30, 79, 206))
 SCENES = {
     "circle": _plain("blue", (33, 81, 209), _CYAN_CIRCLE),
     "square": _plain("cyan", (66, 208, 228), _BLACK_SQUARE),
@@ -53,7 +53,7 @@ SCENES = {
     "two": _plain("green", (31, 149, 59), _RED_CIRCLE, _YELLOW_RING),
     "striped": Scene("white", (251, 248, 246), (_ORANGE_CIRCLE,), "striped", "blue"),
     "hole": _plain("purple", (152, 36, 143), _WHITE_SQUARE),
-    "small": _plain("orange", (253, 138, 24), _WHITE_CROSS),
+    "small": _plain("orange", (247, 136, 26), _BLUE_CIRCLE),
 }
 
 

@@ -20,7 +20,6 @@ PARTS = {
 }
 ADAPTERS = {
     "lora": "lora/lora.safetensors",
-    "lora_few_steps": "lora_few_steps/lcm.safetensors",
     "controlnet_canny": "controlnet_canny/controlnet.safetensors",
     "controlnet_inpainting": "controlnet_inpainting/controlnet.safetensors",
     "controlnet_super_resolution": "controlnet_super_resolution/controlnet.safetensors",

@@ -2,6 +2,7 @@
 
 from .controls import CANNY, FACE_IDENTITY, SUPER_RESOLUTION
 from .explore import EXPLORE_THEN_FINISH
+from .few_steps import LCM
 from .high_resolution import HIGH_RESOLUTION
 from .image_prompts import IMAGE_VARIATION
 from .image_to_image import IMAGE_TO_IMAGE, INPAINT, OUTPAINT, RECONSTRUCTION
@@ -17,6 +18,7 @@ WORKFLOWS = (
     CHANGE_THE_PROMPT,
     TRAIN_LORA,
     EXPLORE_THEN_FINISH,
+    LCM,
     IMAGE_TO_IMAGE,
     RECONSTRUCTION,
     INPAINT,

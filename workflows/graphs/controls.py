@@ -110,7 +110,7 @@ SUPER_RESOLUTION = Workflow(
             width=280,
         ),
         _prompts(
-            "a cross on an orange background",
+            "a circle on an orange background",
             Node(
                 22,
                 "CascadeEmptyLatent",

@@ -157,7 +157,7 @@ whole picture shows then.
 
 {TABLE}{_ENCODER_ROW}{_CONTROLNET_ROW}{OWN}"""
 
-_WITH_A_CIRCLE = "a small blue circle on the left and a small white cross on the right on an orange background"
+_WITH_A_SQUARE = "a small white square on the left and a small blue circle on the right on an orange background"
 
 OUTPAINT = Workflow(
     "outpaint",
@@ -178,12 +178,12 @@ OUTPAINT = Workflow(
             ),
             "text",
         ),
-        "a small white cross on the right on an orange background",
+        "a small blue circle on the right on an orange background",
     ),
     shots=(
         Shot("Given", 21),
         Shot("What the ControlNet reads", 14),
         Shot("Made larger", 20),
-        Shot("With a circle in the prompt too", 20, {11: {"text": _WITH_A_CIRCLE}}),
+        Shot("With a square in the prompt too", 20, {11: {"text": _WITH_A_SQUARE}}),
     ),
 )
