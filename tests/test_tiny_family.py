@@ -109,7 +109,7 @@ def measured(family):
         ("held_inpainting", "PSNR outside", 30, 27),
         ("held_inpainting", "colour asked for", 0.8, None),
         ("noisy_super_resolution", "PSNR", 28, 24),
-        ("reconstruction", "PSNR", 21, 12),
+        ("there_and_back", "PSNR", 21, 12),
     ],
 )
 def test_a_feature_does_what_it_is_for(measured, name, measure, with_it, without):

@@ -179,7 +179,7 @@ MEASURES = {
     "held_inpainting": Measure("controlnet_inpainting", pictures.held_inpainting),
     "controlnet_super_resolution": Measure("controlnet_super_resolution", super_resolution),
     "noisy_super_resolution": Measure("controlnet_super_resolution", pictures.noisy_super_resolution),
-    "reconstruction": Measure("latent_encoder", pictures.reconstruction),
+    "there_and_back": Measure("latent_encoder", pictures.reconstruction),
 }
 
 

@@ -62,12 +62,12 @@ def image_variation(family: Family, weights: Path, path: Path, count: int) -> Me
 
 def words_and_picture(count: int) -> tuple[list[Scene], list[Scene]]:
     """Scenes to show as a picture, and what to make: their plain backgrounds behind another object, told in words."""
-    shown = [scene for scene in measured_scenes(3 * count, "test", 1) if scene.pattern == "plain"][:count]
-    told = measured_scenes(4 * count, "test", 1)[3 * count :]
-    pairs = zip(shown, told, strict=True)
-    wanted = [(scene, replace(scene, objects=other.objects)) for scene, other in pairs]
+    scenes = measured_scenes(8 * count + 16, "test", 1)
+    half = len(scenes) // 2
+    shown = [scene for scene in scenes[:half] if scene.pattern == "plain"]
+    pairs = [(scene, replace(scene, objects=other.objects)) for scene, other in zip(shown, scenes[half:], strict=False)]
     # An object in the colour of its background cannot be seen.
-    clear = [pair for pair in wanted if pair[1].background != pair[1].objects[0].colour]
+    clear = [pair for pair in pairs if pair[1].background != pair[1].objects[0].colour][:count]
     return [scene for scene, _ in clear], [scene for _, scene in clear]
 
 

@@ -41,7 +41,7 @@ class Node:
     """A node: `inputs` holds links `(node id, output number)` and the values that differ from the defaults.
 
     height: at least so much, for a text or a picture. said: keep room below, for what it shows after a run.
-    models: files to name with their folder, as `(folder, path in the published repository)`.
+    models: files to name with their folder, as `(folder, path in the published repository or whole address)`.
     """
 
     id: int
@@ -242,7 +242,11 @@ class Writer:
             properties["ver"] = self._version
         if node.models:
             properties["models"] = [
-                {"name": path.split("/")[-1], "url": f"{self._repository}/{path}", "directory": folder}
+                {
+                    "name": path.split("/")[-1],
+                    "url": path if "://" in path else f"{self._repository}/{path}",
+                    "directory": folder,
+                }
                 for folder, path in node.models
             ]
         entry = {

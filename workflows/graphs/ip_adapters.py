@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..layout import Column, Node, Shot, Workflow
-from .parts import MODELS, OWN, TABLE, decode, prompt, sample_b, sample_c, save, size
+from .parts import IMAGE_ENCODER, IMAGE_ENCODER_ROW, MODELS, OWN, TABLE, decode, prompt, sample_b, sample_c, save, size
 
 _FILES = f"""\
-{TABLE}| CLIP ViT-L/14 (`image_encoder` of the release) | clip_vision |
-| an IP-Adapter for your Stage C | controlnet |
+{TABLE}{IMAGE_ENCODER_ROW}| an IP-Adapter for your Stage C | controlnet |
 
 There is no public IP-Adapter for Stable Cascade: *train IP-Adapter* makes one.
 {OWN}"""
 
-_IMAGE_ENCODER = Node(6, "CascadeLoadImageEncoder", said=True)
+_IMAGE_ENCODER = replace(IMAGE_ENCODER, id=6)
 _IP_ADAPTER = Node(7, "CascadeLoadIPAdapter", said=True)
 _MODELS = Column("Models", (*MODELS.nodes, _IMAGE_ENCODER, _IP_ADAPTER), width=250)
 

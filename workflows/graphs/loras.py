@@ -52,7 +52,7 @@ it as `file` and lower its `strength` where it takes over; for another LoRA put 
     tuple(Shot(f"strength {amount:g}", _PICTURE, {_LORA: {"strength": amount}}) for amount in (0.0, 0.5, 1.0)),
 )
 
-_SENTENCE = "a large green triangle on the right on a {} background"
+_SENTENCE = "a large green circle on the right on a {} background"
 
 LORA_NEW_TOKEN = _workflow(
     "lora_new_token",

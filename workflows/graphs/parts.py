@@ -92,8 +92,14 @@ def save(
     return Node(id, "SaveImage", {"images": (images, output), "filename_prefix": prefix}, title, height=height)
 
 
-IMAGE_ENCODER = Node(7, "CascadeLoadImageEncoder", said=True)
 # In another repository than the rest.
-IMAGE_ENCODER_ROW = """\
-| `image_encoder/model` of [the prior](https://huggingface.co/stabilityai/stable-cascade-prior) | clip_vision |
+_PRIOR = "https://huggingface.co/stabilityai/stable-cascade-prior"
+IMAGE_ENCODER = Node(
+    7,
+    "CascadeLoadImageEncoder",
+    said=True,
+    models=(("clip_vision", f"{_PRIOR}/resolve/main/image_encoder/model.safetensors"),),
+)
+IMAGE_ENCODER_ROW = f"""\
+| `image_encoder/model` of [the prior]({_PRIOR}) | clip_vision |
 """
