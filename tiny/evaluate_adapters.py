@@ -178,7 +178,7 @@ MEASURES = {
     "controlnet_inpainting": Measure("controlnet_inpainting", inpainting),
     "held_inpainting": Measure("controlnet_inpainting", pictures.held_inpainting),
     "controlnet_super_resolution": Measure("controlnet_super_resolution", super_resolution),
-    "noisy_super_resolution": Measure("controlnet_super_resolution", pictures.noisy_super_resolution),
+    "refined_super_resolution": Measure("controlnet_super_resolution", pictures.refined_super_resolution),
     "there_and_back": Measure("latent_encoder", pictures.reconstruction),
 }
 

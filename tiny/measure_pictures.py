@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,6 @@ from .measuring import SEED, Attach, Measured, Row, chain, drawn, steered_by
 
 # In pixels of a picture of 256: how softly a hole's border goes over into what is kept.
 FEATHER = 12
-# Of the noise on small pictures, in parts of full scale; and the time from which Stage B refines the enlarged ones.
-NOISE, REFINED_FROM = 0.1, 0.1
 
 
 def embedded(family: Family, pictures: np.ndarray) -> Tensor:
@@ -147,34 +145,60 @@ def held_inpainting(family: Family, weights: Path, path: Path, count: int) -> Me
     return Measured(rows, (given, made, plain))
 
 
-def noisy_super_resolution(family: Family, weights: Path, path: Path, count: int) -> Measured:
-    """Small noisy pictures, twice as large: Stage C from the ControlNet, Stage B started from the enlarged picture."""
-    rng = np.random.default_rng(SEED)
-    truth = drawn(measured_scenes(count, "test", 1))
-    small = drawn(measured_scenes(count, "test", 1), IMAGE_SIZE // 2)
-    small = np.clip(small + rng.normal(0, 255 * NOISE, small.shape), 0, 255).round().astype(np.uint8)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    bicubic = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in small])
-    stage_a = load_stage(weights / "stage_a.safetensors", "stage_a", dtype="float32")
-    stage_b = load_stage(weights / "stage_b.safetensors", "stage_b", dtype="float32")
-    settings = stages.SamplingSettings(steps=2, start=REFINED_FROM)
-    made = []
-    for start in range(0, count, BATCH):
-        part, prompts = small[start : start + BATCH], [""] * len(small[start : start + BATCH])
-        attach = steered_by(path, enlarged(family.encoder, part))
-        latent = Latent(family.sample_c(prompts, SEED + start, attach(0, len(part))), IMAGE_SIZE, IMAGE_SIZE)
-        large = encode_stage_a(stage_a, torch.from_numpy(bicubic[start : start + BATCH]).float() / 255)
-        text = family.conditions([""])[1]
-        refined = stages.sample_stage_b(
-            stage_b, latent, text, text, seed=SEED + start, settings=settings, start_latent=large
+@dataclass(frozen=True)
+class Enlargement:
+    """Pictures of `side` pixels with noise, in parts of full scale; Stage B refines the enlarged ones from `start`."""
+
+    side: int
+    noise: float
+    start: float
+    steps: int
+
+    def describe(self) -> str:
+        noisy = f" with noise of {self.noise:g}" if self.noise else ""
+        return f"PSNR from {self.side} pixels{noisy}, Stage B from {self.start:g}; without: bicubic"
+
+
+ENLARGEMENTS = (Enlargement(64, 0.0, 0.02, 1), Enlargement(128, 0.1, 0.1, 2))
+
+
+def refined_super_resolution(family: Family, weights: Path, path: Path, count: int) -> Measured:
+    """Small pictures to 256 pixels: Stage C from the ControlNet, Stage B started from the enlarged picture."""
+    scenes = measured_scenes(count, "test", 1)
+    truth, rows, pictures = drawn(scenes), [], []
+    stage_a, stage_b = (load_stage(weights / f"{n}.safetensors", n, dtype="float32") for n in ("stage_a", "stage_b"))
+    text = family.conditions([""])[1]
+    for case in ENLARGEMENTS:
+        small = _noisy(drawn(scenes, case.side), case.noise)
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        bicubic = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in small])
+        attach = steered_by(path, enlarged(family.encoder, small))
+        settings, made = stages.SamplingSettings(steps=case.steps, start=case.start), []
+        for start in range(0, count, BATCH):
+            stop = min(start + BATCH, count)
+            samples = family.sample_c([""] * (stop - start), SEED + start, attach(start, stop))
+            large = encode_stage_a(stage_a, torch.from_numpy(bicubic[start:stop]).float() / 255)
+            refined = stages.sample_stage_b(
+                stage_b,
+                Latent(samples, IMAGE_SIZE, IMAGE_SIZE),
+                text,
+                text,
+                seed=SEED + start,
+                settings=settings,
+                start_latent=large,
+            )
+            made.append(stages.decode_stage_a(stage_a, refined).mul(255).round().byte().numpy())
+        result = np.concatenate(made)
+        rows.append(
+            Row("super-resolution", case.describe(), psnr(result, truth), psnr(bicubic, truth), "+1 dB", unit="dB")
         )
-        made.append(stages.decode_stage_a(stage_a, refined).mul(255).round().byte().numpy())
-    pictures = np.concatenate(made)
-    what = "PSNR from 128 noisy pixels; without: bicubic"
-    return Measured(
-        [Row("super-resolution", what, psnr(pictures, truth), psnr(bicubic, truth), "+1 dB", "dB")],
-        (truth, pictures, bicubic),
-    )
+        pictures += [result, bicubic]
+    return Measured(rows, (truth, *pictures))
+
+
+def _noisy(pictures: np.ndarray, noise: float) -> np.ndarray:
+    rng = np.random.default_rng(SEED)
+    return np.clip(pictures + rng.normal(0, 255 * noise, pictures.shape), 0, 255).round().astype(np.uint8)
 
 
 def _other_first(scene: Scene, rng: np.random.Generator) -> Scene:
