@@ -29,6 +29,7 @@ from .control import (
 )
 from .control.canny import HIGH, LOW, REFERENCE_SIDE
 from .handles import StageHandle
+from .masks import fitting_masks
 from .sizes import ENCODER_COMPRESSION, stage_c_size
 from .stages import preview_latent
 from .threads import threads_for
@@ -92,15 +93,8 @@ def inpainting_input(image: Tensor, mask: Tensor) -> ControlInput:
     """
     pictures = as_channels_first(image)
     count, _, height, width = pictures.shape
-    masks = mask.float().reshape(-1, 1, *mask.shape[-2:])
-    rows, columns = masks.shape[-2:]
-    if len(masks) not in (1, count) or abs(rows * width - columns * height) > max(height, width):
-        raise ValueError(
-            f"There are {len(masks)} masks of {columns} x {rows} for {count} pictures of {width} x {height}, expected "
-            f"1 or {count} of the picture's size: paint the mask on this picture."
-        )
     size = stage_c_size(height, width)
-    small = control_picture(masks, *size)
+    small = control_picture(fitting_masks(mask, count, height, width), *size)
     return ControlInput("inpainting", inpainting_control(control_picture(pictures, *size), small), (height, width))
 
 

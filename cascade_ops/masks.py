@@ -10,10 +10,9 @@ from torch import Tensor
 _FAR = 1 << 20
 
 
-def picture_mask(mask: Tensor, count: int, height: int, width: int) -> Tensor:
-    """A `MASK` for `count` pictures of ``height x width`` pixels: float32 ``[1 or count, 1, height, width]``, 0..1.
-
-    mask: ``[H, W]`` or ``[n, H, W]``, of the pictures' shape but of any size: averaged where it is larger.
+def fitting_masks(mask: Tensor, count: int, height: int, width: int) -> Tensor:
+    """A `MASK` ``[H, W]`` or ``[n, H, W]`` as float32 ``[1 or count, 1, H, W]``, of the shape of `count` pictures of
+    ``height x width`` pixels but of any size.
 
     Raises:
         ValueError: a mask of another shape, or neither one mask nor one per picture.
@@ -25,7 +24,13 @@ def picture_mask(mask: Tensor, count: int, height: int, width: int) -> Tensor:
             f"There are {len(masks)} masks of {columns} x {rows} for {count} pictures of {width} x {height}, expected "
             f"1 or {count} of the picture's size: paint the mask on this picture."
         )
-    return resized_mask(masks, height, width)
+    return masks
+
+
+def picture_mask(mask: Tensor, count: int, height: int, width: int) -> Tensor:
+    """A `MASK` at the size of the pictures, ``[1 or count, 1, height, width]``, 0..1: averaged where it is larger; see
+    `fitting_masks`."""
+    return resized_mask(fitting_masks(mask, count, height, width), height, width)
 
 
 def resized_mask(masks: Tensor, height: int, width: int) -> Tensor:

@@ -56,13 +56,7 @@ def select(latent: Latent, indexes: Sequence[int]) -> Latent:
     Raises:
         ValueError: the latent has another number of pictures than its batch_index has numbers.
     """
-    batch, mask = len(latent.samples), latent.mask
-    numbers = range(batch) if latent.batch_index is None else latent.batch_index
-    if len(numbers) != batch:
-        raise ValueError(
-            f"The latent holds {batch} pictures and its batch_index {len(numbers)} numbers, expected as many: take "
-            "pictures out of the batch with one node."
-        )
+    batch, mask, numbers = len(latent.samples), latent.mask, latent.numbers()
     return replace(
         latent,
         samples=latent.samples[list(indexes)],

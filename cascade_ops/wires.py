@@ -89,17 +89,21 @@ class Latent:
             return self.height, self.width
         return size[0] * STAGE_A_COMPRESSION, size[1] * STAGE_A_COMPRESSION
 
-    def generators(self, seed: int) -> list[torch.Generator]:
-        """One noise generator per image, seeded `seed` plus its index."""
+    def numbers(self) -> tuple[int, ...]:
+        """Which image of its seed's batch each one is; ValueError where `batch_index` has another number of them."""
         batch = len(self.samples)
         if self.batch_index is None:
-            return image_generators(seed, batch)
+            return tuple(range(batch))
         if len(self.batch_index) != batch:
             raise ValueError(
-                f"The latent holds {batch} images and its batch_index {len(self.batch_index)} numbers, expected as "
+                f"The latent holds {batch} pictures and its batch_index {len(self.batch_index)} numbers, expected as "
                 "many: take the images out of the batch with one node."
             )
-        return [image_generators(seed + index, 1)[0] for index in self.batch_index]
+        return self.batch_index
+
+    def generators(self, seed: int) -> list[torch.Generator]:
+        """One noise generator per image, seeded `seed` plus its number."""
+        return [image_generators(seed + number, 1)[0] for number in self.numbers()]
 
     def to_wire(self, stage: str = "stage_c") -> dict[str, Any]:
         """The value for a `LATENT` output; `stage` says whose latent it is, ``stage_c`` or ``stage_b``."""

@@ -1,6 +1,6 @@
 """Measure the tiny family on captions that it was never trained on.
 
-    python -m stable_cascade_nodes.tiny.evaluate --out docs/tiny_results.md
+    python -m stable_cascade_nodes.tiny.evaluate --out docs/tiny/results.md
 
 draws the test scenes itself, runs the whole chain with the shipped weights and defaults, and reads the pictures with
 the checker. ``--weights`` measures other weights, ``--count`` fewer captions; ``--samples DIR`` also writes contact
