@@ -1,6 +1,8 @@
 """Stable Cascade as ComfyUI nodes."""
 
 from .nodes import bridge, runtime
+from .nodes.accelerate import CascadeAccelerateStageA, CascadeAccelerateStageB, CascadeAccelerateStageC
+from .nodes.approximate import CascadeReuseInnerBlocks
 from .nodes.control import (
     CascadeApplyControlNet,
     CascadeCannyControl,
@@ -70,6 +72,10 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "CascadeLoadFaces": CascadeLoadFaces,
     "CascadeDetectFaces": CascadeDetectFaces,
     "CascadeFaceIdentityControl": CascadeFaceIdentityControl,
+    "CascadeReuseInnerBlocks": CascadeReuseInnerBlocks,
+    "CascadeAccelerateStageC": CascadeAccelerateStageC,
+    "CascadeAccelerateStageB": CascadeAccelerateStageB,
+    "CascadeAccelerateStageA": CascadeAccelerateStageA,
 }
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeLoadStageC": "Cascade: load Stage C",
@@ -108,6 +114,10 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "CascadeLoadFaces": "Cascade: load faces",
     "CascadeDetectFaces": "Cascade: detect faces",
     "CascadeFaceIdentityControl": "Cascade: face identity control",
+    "CascadeReuseInnerBlocks": "Cascade: reuse inner blocks (approximation)",
+    "CascadeAccelerateStageC": "Cascade: accelerate Stage C",
+    "CascadeAccelerateStageB": "Cascade: accelerate Stage B",
+    "CascadeAccelerateStageA": "Cascade: accelerate Stage A",
 }
 if runtime.in_comfyui():
     NODE_CLASS_MAPPINGS |= bridge.NODE_CLASS_MAPPINGS

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .diffusion.sampling import Predict
 from .models import DecoupledAttention, IPAdapter, Prepared, StageB, StageC
+from .reuse import Kept, ReusedSteps
 
 
 class TextCondition(NamedTuple):
@@ -94,17 +95,20 @@ class _Residuals:
             for each in controls
         ]
         self._made: tuple[tuple[int, ...], list[Tensor | None] | None] = ((), None)
+        self._repeated: list[Tensor | None] | None = None
 
     def at(self, index: int, halves: int) -> list[Tensor | None] | None:
         """For one or both halves of the batch in a step."""
         acting = _acting(self._controls, index)
         if acting != self._made[0]:
-            self._made = acting, self._sum(acting) if acting else None
+            self._made, self._repeated = (acting, self._sum(acting) if acting else None), None
         residuals = self._made[1]
         if residuals is None or halves == 1:
             return residuals
-        # One for all pictures serves both halves as it is.
-        return [r if r is None or len(r) == 1 else r.repeat(halves, 1, 1, 1) for r in residuals]
+        if self._repeated is None:
+            # One for all pictures serves both halves as it is.
+            self._repeated = [r if r is None or len(r) == 1 else r.repeat(halves, 1, 1, 1) for r in residuals]
+        return self._repeated
 
     def _sum(self, acting: tuple[int, ...]) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * max(len(self._residuals[number]) for number in acting)
@@ -155,6 +159,7 @@ def _no_negative(stage: str) -> ValueError:
 
 
 Forward = Callable[[Tensor, Prepared, int, int], Tensor]  # x, prepared, step index, how many halves x holds
+ModelStep = Callable[..., Tensor]  # as `CascadeUNet.step`
 
 
 def _one_half(forward: Forward, cond: Prepared) -> Predict:
@@ -198,6 +203,7 @@ class StageCDenoiser:
         is one embedding of zeros in the conditional half, as in training, and as many zeros as `image` has in the
         unconditional one.
     controls, adapters: of ControlNets and IP-Adapters.
+    step: runs the prepared model in place of its own `step`; see `acceleration`.
     """
 
     model: StageC
@@ -207,17 +213,19 @@ class StageCDenoiser:
     uncond_image: Tensor | Pictures | None = None
     controls: Sequence[SteppedControl] = ()
     adapters: Sequence[SteppedAdapter] = ()
+    step: ModelStep | None = None
 
     def prepare(self, noise_cond: Tensor, shape: Sequence[int], guided: bool) -> Predict:
         """See `diffusion.Denoiser`; ValueError when a condition does not fit the batch or a negative is missing."""
         batch, device = shape[0], noise_cond.device
         residuals = _Residuals(self.controls, batch, self.model.token_size(*shape[2:]), device)
+        step = self.step or self.model.step
 
         def forward(x: Tensor, prepared: Prepared, index: int, halves: int) -> Tensor:
             acting = _acting(self.adapters, index)
             if len(acting) < len(self.adapters):
                 prepared = replace(prepared, decoupled=tuple(prepared.decoupled[number] for number in acting))
-            return self.model.step(x, prepared, index, control=residuals.at(index, halves))
+            return step(x, prepared, index, control=residuals.at(index, halves))
 
         image = self.image
         if image is None:
@@ -288,19 +296,27 @@ class StageBDenoiser:
 
     latent: Stage C latent ``[n, 16, h, w]``; zeros in the unconditional half. pooled, uncond_pooled: pooled text of
     the prompt and of the negative prompt, ``[n, 1280]`` or ``[n, 1, 1280]``; the second is only needed for guidance.
+    inner: in which steps the inner levels are reused, an approximation; None computes them in all.
+    step: runs the prepared model in place of its own `step`; see `acceleration`.
     """
 
     model: StageB
     latent: Tensor
     pooled: Tensor
     uncond_pooled: Tensor | None = None
+    inner: ReusedSteps | None = None
+    step: ModelStep | None = None
 
     def prepare(self, noise_cond: Tensor, shape: Sequence[int], guided: bool) -> Predict:
         """See `diffusion.Denoiser`; ValueError when a condition does not fit the batch or a negative is missing."""
         batch, size, device = shape[0], (shape[2], shape[3]), noise_cond.device
+        kept = None if self.inner is None else Kept(self.inner)
+        step = self.step or self.model.step
 
         def forward(x: Tensor, prepared: Prepared, index: int, halves: int) -> Tensor:
-            return self.model.step(x, prepared, index)
+            if kept is None:
+                return step(x, prepared, index)
+            return step(x, prepared, index, inner=kept.at(index))
 
         latent = _for_batch("Stage C latent", self.latent, batch, 4, device)
         pooled = _for_batch("pooled prompt", self.pooled, batch, 3, device)

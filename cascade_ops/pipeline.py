@@ -19,17 +19,24 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
 
-from . import stages
+from . import memory, stages
+from .acceleration import CUDA_GRAPH, accelerated
 from .catalog import AUTO, BUNDLED, STAGE_FOLDERS, FilesOf, ModelFile, best, bundled, embedding_finder
 from .checkpoints.errors import STAGE_TITLES
+from .denoisers import TextCondition
 from .diffusion import StepInfo
-from .handles import StageHandle, load_stage
+from .handles import StageHandle
 from .image_prompts import ImagePrompt, embed_prompts
 from .model_folders import find_model, list_models, roots_from_environment
+from .quantized import float_dtype
+from .reuse import InnerReuse, reuse_inner
+from .turns import StageFile, Turns, changed, in_turns
+from .wires import Latent
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,18 +45,23 @@ _STAGES = ("text_encoder", "stage_c", "stage_b", "stage_a")
 _OPTIONAL = "image_encoder"
 
 PipelineCallback = Callable[[str, StepInfo], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class CascadePipeline:
-    """Four loaded stages, and an image encoder where it was asked for; `load` makes one, `generate` makes pictures."""
+    """Four stages, and an image encoder where it was asked for; `load` makes one, `generate` makes pictures.
 
-    text_encoder: StageHandle
-    stage_c: StageHandle
-    stage_b: StageHandle
-    stage_a: StageHandle
+    A `StageFile` is a stage that is read for its turn; `turns` says how the stages are run, None where they are.
+    """
+
+    text_encoder: StageHandle | StageFile
+    stage_c: StageHandle | StageFile
+    stage_b: StageHandle | StageFile
+    stage_a: StageHandle | StageFile
     find_embedding: Callable[[str], str | None] | None = None
-    image_encoder: StageHandle | None = None
+    image_encoder: StageHandle | StageFile | None = None
+    turns: Turns | None = None
 
     @classmethod
     def load(
@@ -58,15 +70,21 @@ class CascadePipeline:
         device: torch.device | str | None = None,
         dtype: str | None = None,
         image_encoder: bool = False,
+        acceleration: str = "",
+        memory: str = "auto",
     ) -> CascadePipeline:
-        """Load all stages; their weights stay on the device.
+        """Load all stages; their weights stay on the device if there is room for them.
 
         source: ``auto``, the best files below ``./models`` and the folders named in the environment variable
             ``CASCADE_MODELS``, laid out as ComfyUI's; ``tiny``, the bundled family; a folder, the best of all files
             in it; or a mapping from ``stage_c``, ``stage_b``, ``stage_a`` and ``text_encoder`` to files, where a stage
             that is left out is found as by ``auto``. A stage without a file is the bundled tiny one.
-        device: None is CUDA where there is one, else the CPU. dtype: see `handles.choose_dtype`; None is ``auto``.
+        device: None is CUDA where there is one, else the CPU. dtype: see `handles.choose_dtype`; None is ``auto``, and
+            weights of 8 bits are for Stage C and Stage B, with the others as by ``auto``.
         image_encoder: load that too, for `generate(images=...)`; so does a mapping that names it.
+        acceleration: one of `acceleration.METHODS`, for the stages that it is for; empty is none.
+        memory: what to do about the memory of the device, see `turns.in_turns`: ``auto``, ``resident``, ``one stage``
+            or ``streamed``.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = source if isinstance(source, Mapping) else {}
@@ -76,7 +94,7 @@ class CascadePipeline:
                 f"The source names {unknown[0]!r}, expected stages out of {', '.join((*_STAGES, _OPTIONAL))}."
             )
         files_of = model_files(AUTO if isinstance(source, Mapping) else source)
-        handles = {}
+        files = {}
         for stage in (*_STAGES, _OPTIONAL) if image_encoder or _OPTIONAL in chosen else _STAGES:
             if stage in chosen:
                 file = ModelFile(Path(chosen[stage]).name, os.fspath(chosen[stage]))
@@ -86,10 +104,13 @@ class CascadePipeline:
                 raise ValueError(
                     f"No {STAGE_TITLES[stage]} file was found and the bundled one is missing: name a folder or files."
                 )
-            handles[stage] = load_stage(
-                file.path, stage, dtype=dtype or "auto", run_on=device, resident=True, name=file.name
-            )
-        return cls(**handles, find_embedding=embedding_finder(files_of("embeddings")))
+            files[stage] = StageFile(file.path, stage, file.name, float_dtype(stage, dtype or "auto"), device)
+        turns, handles = in_turns(files, device, memory)
+        if acceleration:
+            for stage in ("stage_c", "stage_b", "stage_a"):
+                if acceleration != CUDA_GRAPH or stage != "stage_a":
+                    handles[stage] = changed(handles[stage], lambda each: accelerated(each, acceleration, device)[0])
+        return cls(**handles, find_embedding=embedding_finder(files_of("embeddings")), turns=turns)
 
     def generate(
         self,
@@ -110,6 +131,7 @@ class CascadePipeline:
         images: Sequence[ImagePrompt] = (),
         compression: float = 0.0,
         tile: int = 0,
+        reuse_b: InnerReuse | None = None,
     ) -> list[Image.Image]:
         """Make `batch_size` pictures of a prompt; picture i has the seed ``seed + i``.
 
@@ -118,7 +140,8 @@ class CascadePipeline:
         callback: called with the stage's name and a `StepInfo` after every step; an exception it raises ends the run.
         images: pictures that Stage C reads beside the prompt, all of them for every picture that is made.
         compression: pixels per cell of Stage C, 0 is the published 42.67; see `sizes.proposed_compression` for pictures
-        beyond 2560 pixels. tile: Stage A decodes in tiles of so many pixels, 0 is as a whole.
+        beyond 2560 pixels. tile: Stage A decodes in tiles of so many pixels, 0 is as a whole where that fits.
+        reuse_b: an approximation: Stage B does not compute its inner levels in every step; see `reuse`.
 
         Raises ValueError for `images` in a pipeline that was loaded without the image encoder.
         """
@@ -132,29 +155,66 @@ class CascadePipeline:
             return None if callback is None else lambda info: callback(stage, info)
 
         default = stages.SamplingSettings()
-        positive = stages.encode_text(self.text_encoder, prompt, self.find_embedding)
-        negative = stages.encode_text(self.text_encoder, negative_prompt, self.find_embedding)
-        latent = stages.sample_stage_c(
-            self.stage_c,
-            positive,
-            negative,
-            stages.empty_latent(self.stage_c, width, height, batch_size, compression),
-            seed=seed,
-            settings=replace(settings_c or default, steps=steps_c, guidance=guidance_c),
-            pictures=embed_prompts(self.image_encoder, images) if self.image_encoder is not None else None,
-            callback=report("stage_c"),
+
+        def encode(handle: StageHandle) -> tuple[TextCondition, TextCondition]:
+            positive = stages.encode_text(handle, prompt, self.find_embedding)
+            return positive, stages.encode_text(handle, negative_prompt, self.find_embedding)
+
+        def start(handle: StageHandle) -> Latent:
+            return stages.empty_latent(handle, width, height, batch_size, compression)
+
+        def sample_c(handle: StageHandle) -> Latent:
+            return stages.sample_stage_c(
+                handle,
+                positive,
+                negative,
+                start(handle),
+                seed=seed,
+                settings=replace(settings_c or default, steps=steps_c, guidance=guidance_c),
+                pictures=pictures,
+                callback=report("stage_c"),
+            )
+
+        def reusing(handle: StageHandle) -> StageHandle:
+            return handle if reuse_b is None else reuse_inner(handle, reuse_b)
+
+        def sample_b(handle: StageHandle) -> Latent:
+            return stages.sample_stage_b(
+                reusing(handle),
+                prior,
+                positive,
+                negative,
+                seed=seed,
+                settings=chosen_b,
+                callback=report("stage_b"),
+            )
+
+        def decode(handle: StageHandle) -> Tensor:
+            fitting, _ = memory.fitting_tile(handle, detail.samples.shape, tile)
+            return stages.decode_stage_a(handle, detail, tile=fitting)
+
+        positive, negative = prompts = self._run(self.text_encoder, encode)
+        pictures = None
+        if images and self.image_encoder is not None:
+            pictures = self._run(self.image_encoder, lambda handle: embed_prompts(handle, images))
+        prior = self._run(
+            self.stage_c, sample_c, lambda handle: memory.stage_c_bytes(handle, start(handle), prompts, pictures)
         )
-        latent = stages.sample_stage_b(
-            self.stage_b,
-            latent,
-            positive,
-            negative,
-            seed=seed,
-            settings=replace(settings_b or default, steps=steps_b, guidance=guidance_b),
-            callback=report("stage_b"),
+        chosen_b = replace(settings_b or default, steps=steps_b, guidance=guidance_b)
+        detail = self._run(
+            self.stage_b, sample_b, lambda handle: memory.stage_b_bytes(reusing(handle), prior, chosen_b)
         )
-        pictures = stages.decode_stage_a(self.stage_a, latent, tile=tile)
-        return [stages.to_picture(picture) for picture in pictures]
+        made = self._run(self.stage_a, decode, lambda handle: memory.decoding_bytes(handle, detail.samples.shape, tile))
+        return [stages.to_picture(picture) for picture in made]
+
+    def _run(
+        self,
+        stage: StageHandle | StageFile,
+        work: Callable[[StageHandle], Result],
+        needs: Callable[[StageHandle], int] | None = None,
+    ) -> Result:
+        turns = Turns(stage.device) if self.turns is None else self.turns
+        return turns.run(stage, work, needs)
 
 
 def model_files(source: str | os.PathLike[str]) -> FilesOf:

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .acceleration import acceleration_of, acting
 from .attached import stepped_adapters, stepped_controls
 from .denoisers import Pictures, StageBDenoiser, StageCDenoiser, TextCondition
 from .diffusion import Denoiser, Guidance, StepInfo, draw_noise, noised_start, sample, step_times
 from .families import families_clash
+from .float16 import finite_picture
 from .handles import StageHandle
 from .prompt_chunks import FindEmbedding
+from .reuse import reused_steps
 from .sizes import known_cells, stage_b_size, stage_c_size
 from .threads import threads_for
 from .tiles import tile_count, tiled_decode
@@ -80,7 +83,8 @@ class SamplingSettings:
             guidance += " (off)"
         return f"{self.steps} steps of {self.sampler}, guidance {guidance}, shift {self.shift:g}"
 
-    def _guidance(self) -> Guidance:
+    def as_guidance(self) -> Guidance:
+        """What `diffusion.sample` takes, for settings with the model's own guidance in them."""
         scale = (self.guidance, self.guidance_end) if self.guidance_end else self.guidance
         interval = (self.guidance_from, self.guidance_until)
         return Guidance(scale, interval, self.rescale, self.rescale_over)
@@ -169,7 +173,8 @@ def sample_stage_c(
     times = step_times(settings.steps, settings.start, settings.end)[:-1].tolist()
     controls = stepped_controls(handle, latent.samples, latent.stage_c_pixels(), times)
     adapters = stepped_adapters(handle, latent.samples, latent.stage_c_pixels(), times)
-    denoiser = StageCDenoiser(model, positive, negative, *images, controls=controls, adapters=adapters)
+    fast = acceleration_of(handle)
+    denoiser = StageCDenoiser(fast.model, positive, negative, *images, controls, adapters, fast.step)
     samples = _sample(handle, denoiser, latent, seed, settings, callback)
     return replace(latent, samples=samples, family=handle.family)
 
@@ -191,6 +196,7 @@ def sample_stage_b(
     positive, negative: only their pooled text is read; negative is needed unless guidance is 1.
     start_latent: a Stage B latent to begin from, for a start below 1 or with a mask. Image i of the batch has the seed
     ``seed + i``. before_window: called before every window of every step, where `settings` ask for windows.
+    A handle with a `reuse` gives an approximation; see `reuse`.
     """
     model = handle.expect("stage_b").module
     _check_prior(handle, latent)
@@ -213,9 +219,12 @@ def sample_stage_b(
             "start_latent, or set start to 1."
         )
     pooled = None if negative is None else negative.pooled
-    if stage_b_windows(handle, latent, settings).total > 1:
+    windowed = stage_b_windows(handle, latent, settings).total > 1
+    fast = acceleration_of(handle, windowed)
+    model = fast.model
+    if windowed:
         model = WindowedStageB(model, settings.window, settings.window_overlap, before_window)
-    denoiser = StageBDenoiser(model, latent.samples, positive.pooled, pooled)
+    denoiser = StageBDenoiser(model, latent.samples, positive.pooled, pooled, reused_steps(handle, settings), fast.step)
     samples = _sample(handle, denoiser, target, seed, settings, callback)
     return replace(target, samples=samples, mask=None, family=handle.family)
 
@@ -233,7 +242,7 @@ def decode_stage_a(
     Image by image, and in tiles of `tile` pixels where that is not 0, which needs less memory and gives the same.
     callback: gets the number of tiles (without them: of pictures) that are done, of `tiles.tile_count` for each image.
     """
-    model = handle.expect("stage_a").module
+    model = acceleration_of(handle.expect("stage_a")).model
     _check_channels(handle, latent)
     check_family(handle, latent)
     height, width = latent.stage_b_pixels()
@@ -245,9 +254,9 @@ def decode_stage_a(
             callback(len(pictures) * each + done)
 
     for samples in latent.samples.split(1):
-        with threads_for(handle):
+        with threads_for(handle), acting(handle):
             picture = tiled_decode(model, samples, tile, report, handle.device)
-        pictures.append(_as_pictures(picture[..., :height, :width]))
+        pictures.append(_as_pictures(finite_picture(picture[..., :height, :width])))
     return torch.cat(pictures)
 
 
@@ -303,7 +312,7 @@ def _sample(
     matched = _start_is_matched(settings)
     if settings.start < 1:
         x = noised_start(start, x, settings.start, settings.shift, matched)
-    with threads_for(handle):
+    with threads_for(handle), acting(handle):
         result = sample(
             denoiser,
             x,
@@ -312,7 +321,7 @@ def _sample(
             shift=settings.shift,
             t_start=settings.start,
             t_end=settings.end,
-            guidance=settings._guidance(),
+            guidance=settings.as_guidance(),
             generators=generators,
             clean=None if latent.mask is None else start,
             mask=latent.mask,

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .models import Prepared, StageB
+from .reuse import InnerStep
 from .sizes import STAGE_A_COMPRESSION
 
 
@@ -36,6 +38,11 @@ class Windows(NamedTuple):
     @property
     def total(self) -> int:
         return len(self.rows) * len(self.columns)
+
+    def on(self, device: torch.device) -> Windows:
+        """The same with the weights on a device, where each step reads them."""
+        axes = (tuple(part._replace(weights=part.weights.to(device)) for part in axis) for axis in self)
+        return Windows(*axes)
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -142,21 +149,25 @@ class WindowedStageB:
         """
         prepared = self.model.prepare_text(timesteps, clip)
         grid = self.model.on_tokens(effnet, self.model.token_size(*size))
-        return PreparedWindows(prepared, grid, windows_of(self.model, size, self.window, self.overlap))
+        windows = windows_of(self.model, size, self.window, self.overlap).on(grid.device)
+        return PreparedWindows(prepared, grid, windows)
 
-    def step(self, x: Tensor, prepared: PreparedWindows, index: int) -> Tensor:
-        """Predict for latents ``x [N, 4, H, W]`` at a prepared noise level; ``[N, 4, H, W]`` float32."""
+    def step(self, x: Tensor, prepared: PreparedWindows, index: int, inner: InnerStep | None = None) -> Tensor:
+        """Predict for latents ``x [N, 4, H, W]`` at a prepared noise level; ``[N, 4, H, W]`` float32.
+
+        inner: where the inner levels of windows are reused; each window has its own.
+        """
         patch = self.model.patch_size
         blended = torch.zeros_like(x, dtype=torch.float32)
-        for down in prepared.windows.rows:
-            for across in prepared.windows.columns:
-                if self.before_each is not None:
-                    self.before_each()
-                added = self.model.token_condition(prepared.grid[..., down.tokens, across.tokens])
-                cut = (..., _scaled(down.tokens, patch), _scaled(across.tokens, patch))
-                prediction = self.model.step(x[cut], replace(prepared.prepared, added=added), index).float()
-                weight = (down.weights[:, None] * across.weights).to(x.device)
-                blended[cut] += prediction * weight.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+        for number, (down, across) in enumerate(product(prepared.windows.rows, prepared.windows.columns)):
+            if self.before_each is not None:
+                self.before_each()
+            added = self.model.token_condition(prepared.grid[..., down.tokens, across.tokens])
+            cut = (..., _scaled(down.tokens, patch), _scaled(across.tokens, patch))
+            own = {} if inner is None else {"inner": inner.of(number)}
+            prediction = self.model.step(x[cut], replace(prepared.prepared, added=added), index, **own).float()
+            weight = down.weights[:, None] * across.weights
+            blended[cut] += prediction * weight.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
         return blended
 
 

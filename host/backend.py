@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..cascade_ops.model_folders import find_model, list_models
-from ..nodes.runtime import copied_to, release_unused_memory
+from ..nodes.runtime import copied_to, drop_copies, room_for_good
 from .folders import DataFolders
 from .progress import ProgressBar, running_node
 
@@ -36,10 +36,13 @@ class HostBackend:
         """These nodes' own rules."""
 
     def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]:
-        return copied_to([self.device(handle.stage) for handle in handles], handles)
+        return copied_to([self.device(handle.stage) for handle in handles], handles, memory)
 
     def make_room(self) -> None:
-        release_unused_memory()
+        drop_copies()
+
+    def keep_on_device(self, stage: str, size: int) -> bool:
+        return room_for_good(self.device(stage), size)
 
     def shows_previews(self) -> bool:
         return True

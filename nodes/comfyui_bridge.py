@@ -20,6 +20,7 @@ from ..cascade_ops.checkpoints import FileInfo
 from ..cascade_ops.checkpoints.errors import STAGE_TITLES
 from ..cascade_ops.checkpoints.loading import ParametersWithoutMemory
 from ..cascade_ops.checkpoints.releases import RELEASES, SAMPLING_DEFAULTS
+from ..cascade_ops.float16 import refuse_rescaled
 from ..cascade_ops.handles import StageHandle
 from ..cascade_ops.models import StageB, StageC
 from .comfyui_layers import lent_by, rebuilt
@@ -73,12 +74,23 @@ def to_model(handle: StageHandle) -> Any:
     """The handle as a ComfyUI `MODEL`, for its samplers, LoRA loaders and model patches."""
     if handle.stage not in _NETWORKS:
         raise ValueError(f"{handle.title} was given, expected Stage C or Stage B: only these are models to ComfyUI.")
+    if handle.weights:
+        raise ValueError(
+            f"{handle.title} was given, expected float weights, the only ones that ComfyUI's own Stable Cascade takes "
+            "from here: load it as auto, or sample it with the Cascade nodes."
+        )
     if handle.attached:
         raise ValueError(
             f"{handle.title} carries {' and '.join(each.title for each in handle.attached)}, which ComfyUI's own nodes "
             "cannot follow, expected Stage C alone: connect it from before the nodes that apply them, or sample it "
             "with 'Cascade: sample Stage C'."
         )
+    if handle.reuse is not None:
+        raise ValueError(
+            f"{handle.title} reuses its inner blocks, which ComfyUI's own nodes cannot follow, expected Stage B alone: "
+            "connect it from before 'Cascade: reuse inner blocks (approximation)'."
+        )
+    refuse_rescaled(handle.module, handle.title, "ComfyUI's own network")
     patcher = managed(handle).patcher
     if not hasattr(patcher.model, "diffusion_model"):
         patcher.detach()  # all weights back where they wait, before another patcher moves them

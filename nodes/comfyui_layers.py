@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cascade_ops.models.controlnet import AffineNorm
+from ..cascade_ops.models.dense import at_hand, dense
 from ..cascade_ops.models.layers import Attention, GlobalResponseNorm, as_channels_last, as_image, response_norm
+from ..cascade_ops.quantized import QuantizedAttention, QuantizedLinear
 
 # Gives the layer to put in place of the one of that name, or None to look inside it.
 Lend = Callable[[str, nn.Module], nn.Module | None]
@@ -52,6 +56,14 @@ def comfyui_layer(name: str, layer: nn.Module) -> nn.Module | None:
         )
         out = comfyui_layer(name, layer.out_proj)
         return LentAttention(layer.nhead, layer.dropout, [packed], out)
+    if isinstance(layer, QuantizedAttention):
+        packed = comfyui_layer(name, layer.packed())
+        return LentAttention(layer.nhead, layer.dropout, [packed], comfyui_layer(name, layer.out_proj))
+    if isinstance(layer, QuantizedLinear):
+        copy = _shallow(layer)
+        # To ComfyUI: weights that may stay in main memory, since the layer fetches them by itself.
+        copy.comfy_cast_weights = False
+        return copy
     if type(layer) is nn.BatchNorm2d:
         copy = _shallow(layer)
         copy.__class__ = FollowingBatchNorm
@@ -94,7 +106,10 @@ class LentAttention(Attention):
         if len(self.projections) == 3:
             return torch.cat([layer(tokens) for layer in self.projections[parts]], dim=-1)
         c = tokens.shape[-1]
-        return self.projections[0](tokens)[..., parts.start * c : parts.stop * c]
+        wanted, weights = slice(parts.start * c, parts.stop * c), at_hand(self.projections[0])
+        if weights is None:
+            return self.projections[0](tokens)[..., wanted]
+        return dense(tokens, weights[0][wanted], weights[1][wanted])
 
 
 class LentResponseNorm(GlobalResponseNorm):
@@ -156,7 +171,22 @@ def _with_weights(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | N
     layer.weight = weight
     if bias is not None or "bias" in layer._parameters:
         layer.bias = bias
+    layer.at_hand = partial(_at_hand, ref(layer))
     return layer.eval()
+
+
+def _at_hand(layer: ref[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias where calling the layer would do nothing more with them; see `cascade_ops.models.dense`."""
+    found = layer()
+    # What ComfyUI asks before each of its layers is whether the user has stopped the run.
+    getattr(importlib.import_module("comfy.ops"), "run_every_op", _nothing)()
+    if found is None or found.comfy_cast_weights or found.weight_function or found.bias_function:
+        return None
+    return found.weight, found.bias
+
+
+def _nothing() -> None:
+    """An older ComfyUI asks nothing."""
 
 
 def _convolution(kind: str) -> Callable[[nn.Module], nn.Module]:

@@ -166,13 +166,13 @@ class CascadeEncodeStageA:
 
         runtime.check_interrupted()
         shape = (1, 4, *sizes.stage_b_size(*image.shape[1:3]))
-        # Stage A's two halves need as much memory as each other.
-        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, shape, tile))
+        (stage_a,) = runtime.placed([stage_a], memory.autoencoding_bytes(stage_a, shape, tile))
+        tile, tiled = memory.fitting_tile(stage_a, shape, tile, memory.autoencoding_bytes)
         bar = runtime.progress(len(image) * tiles.tile_count(shape[2:], tile))
         latent = encoding.encode_stage_a(stage_a, image, mask=mask, callback=bar.update, tile=tile)
         rows, columns = latent.samples.shape[-2:]
         said = [f"{latent.width} x {latent.height} pixels, Stage B latent {columns} x {rows}, batch of {len(image)}"]
-        return {"ui": {"text": said + _masked(latent)}, "result": (latent.to_wire("stage_b"),)}
+        return {"ui": {"text": said + tiled + _masked(latent)}, "result": (latent.to_wire("stage_b"),)}
 
 
 def _masked(latent: Latent) -> list[str]:

@@ -38,8 +38,8 @@ def tile_input(does: str) -> tuple:
             "max": 16384,
             "step": 64,
             "tooltip": f"For pictures that do not fit into memory: {does} tiles of so many pixels a side, one after "
-            "the other. The result is the same, without seams. 0 is the whole picture at once; 512 suits most "
-            "graphics cards.",
+            "the other. The result is the same, without seams. 0 is the whole picture at once where that fits, else "
+            "the largest tiles that do.",
         },
     )
 
@@ -120,14 +120,18 @@ class CascadeDecodeStageA:
             "optional": {"tile": tile_input("decodes")},
         }
 
-    def decode(self, stage_a: StageHandle, latent: dict, tile: int = 0) -> tuple[Tensor]:
+    def decode(self, stage_a: StageHandle, latent: dict, tile: int = 0) -> dict[str, Any]:
         from ..cascade_ops import memory, stages, tiles, wires
 
         runtime.check_interrupted()
         read = wires.read_latent(latent, "stage_b")
-        count = len(read.samples) * tiles.tile_count(read.samples.shape[2:], tile)
-        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, read.samples.shape, tile))
-        return (stages.decode_stage_a(stage_a, read, runtime.progress(count).update, tile),)
+        shape = read.samples.shape
+        (stage_a,) = runtime.placed([stage_a], memory.decoding_bytes(stage_a, shape, tile))
+        tile, said = memory.fitting_tile(stage_a, shape, tile)
+        bar = runtime.progress(len(read.samples) * tiles.tile_count(shape[2:], tile))
+        pictures = stages.decode_stage_a(stage_a, read, bar.update, tile)
+        height, width = read.stage_b_pixels()
+        return {"ui": {"text": [f"{width} x {height} pixels", *said]}, "result": (pictures,)}
 
 
 class CascadePreviewLatent:

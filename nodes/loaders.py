@@ -20,13 +20,22 @@ _FILE_HELP = (
 )
 _DTYPE = (
     # As in cascade_ops.handles.DTYPES, which is not imported here because it needs PyTorch.
-    ["auto", "bfloat16", "float32", "float16", "float16 (fixed weights)"],
+    ["auto", "bfloat16", "float32", "float16", "float16 (fixed weights)", "float8 weights", "int8 weights"],
     {
         "default": "auto",
         "tooltip": "Number format to run in. auto suits your device: bfloat16 on recent GPUs, float32 on CPUs. The "
-        "3.6B Stage C gives black pictures in float16 and refuses it, unless its file was rescaled for float16.",
+        "3.6B Stage C would give black pictures in float16, so float16 rescales its last level; 'float16 (fixed "
+        "weights)' takes a file as it is that was rescaled before.",
     },
 )
+
+# Weights of 8 bits are for Stage C and Stage B.
+_FLOAT_DTYPE = ([name for name in _DTYPE[0] if not name.endswith(" weights")], _DTYPE[1])
+_EIGHT_BITS = (
+    " float8 weights and int8 weights keep the large matrices in 8 bits, little more than half the memory of bfloat16, "
+    "and change the picture a little: int8 less, float8 not at all where the file is float8 already."
+)
+_SMALL_DTYPE = (_DTYPE[0], _DTYPE[1] | {"tooltip": _DTYPE[1]["tooltip"] + _EIGHT_BITS})
 
 
 def _file_input(stage: str, what: str) -> tuple:
@@ -38,12 +47,24 @@ def _load(file: ModelFile, stage: str, dtype: str = "auto") -> StageHandle:
     from ..cascade_ops.handles import load_stage
 
     return load_stage(
-        file.path, stage, dtype=dtype, run_on=runtime.device(stage), name=file.name, host_dtype=runtime.dtype
+        file.path,
+        stage,
+        dtype=dtype,
+        run_on=runtime.device(stage),
+        resident=lambda size: runtime.keep_on_device(stage, size),
+        name=file.name,
+        host_dtype=runtime.dtype,
     )
 
 
 def _said(handles: list[StageHandle]) -> dict[str, list[str]]:
-    return {"text": [f"{handle.title}, {str(handle.dtype).removeprefix('torch.')}" for handle in handles]}
+    from ..cascade_ops.float16 import described
+
+    def said(handle: StageHandle) -> str:
+        parts = handle.title, str(handle.dtype).removeprefix("torch."), described(handle.network)
+        return ", ".join(filter(None, parts))
+
+    return {"text": [said(handle) for handle in handles]}
 
 
 class _LoadStage:
@@ -73,7 +94,7 @@ class CascadeLoadStageC(_LoadStage):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"file": _file_input("stage_c", "Stage C")}, "optional": {"dtype": _DTYPE}}
+        return {"required": {"file": _file_input("stage_c", "Stage C")}, "optional": {"dtype": _SMALL_DTYPE}}
 
 
 class CascadeLoadStageB(_LoadStage):
@@ -85,7 +106,7 @@ class CascadeLoadStageB(_LoadStage):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"file": _file_input("stage_b", "Stage B")}, "optional": {"dtype": _DTYPE}}
+        return {"required": {"file": _file_input("stage_b", "Stage B")}, "optional": {"dtype": _SMALL_DTYPE}}
 
 
 class CascadeLoadStageA(_LoadStage):
@@ -112,7 +133,7 @@ class CascadeLoadTextEncoder(_LoadStage):
         kind, options = _file_input("text_encoder", "text encoder")
         fitting = " Only text encoders that fit the Stage C which auto would take are considered."
         options = options | {"tooltip": options["tooltip"] + fitting}
-        return {"required": {"file": (kind, options)}, "optional": {"dtype": _DTYPE}}
+        return {"required": {"file": (kind, options)}, "optional": {"dtype": _FLOAT_DTYPE}}
 
 
 class CascadeLoadPreviewer(_LoadStage):
@@ -214,7 +235,7 @@ class CascadeLoadCheckpoint:
                     },
                 ),
             },
-            "optional": {"dtype": _DTYPE},
+            "optional": {"dtype": _SMALL_DTYPE},
         }
 
     # Not every such file holds them, and not everybody needs them: most of a gigabyte in the published one.
@@ -229,12 +250,14 @@ class CascadeLoadCheckpoint:
 
     def load(self, stage_c_file: str, stage_b_file: str, dtype: str = "auto") -> dict[str, Any]:
         from ..cascade_ops.on_demand import StageOnDemand
+        from ..cascade_ops.quantized import float_dtype
 
         found = self._find(stage_c_file, stage_b_file)
         order = ("stage_c", "text_encoder", "stage_b", "stage_a", "previewer")
         # Stage A and the previewer are small and have no dtype of their own to choose.
         small = ("stage_a", "previewer")
-        handles = [_load(found[stage], stage, "auto" if stage in small else dtype) for stage in order]
+        chosen = {stage: "auto" if stage in small else float_dtype(stage, dtype) for stage in order}
+        handles = [_load(found[stage], stage, chosen[stage]) for stage in order]
         later = [StageOnDemand(stage, partial(_load_part, found[stage], stage)) for stage in self.ON_DEMAND]
         said = _said(handles)
         said["text"] += _said_of_parts({stage: found[stage] for stage in self.ON_DEMAND})

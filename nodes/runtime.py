@@ -10,7 +10,6 @@ Nodes call the functions of this module and import nothing of a host. Who answer
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -35,6 +34,7 @@ __all__ = [
     "dtype",
     "in_comfyui",
     "input_directory",
+    "keep_on_device",
     "make_room",
     "model_directory",
     "model_files",
@@ -66,6 +66,7 @@ class Backend(Protocol):
     def dtype(self, stage: str, parameters: int) -> torch.dtype | None: ...
     def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]: ...
     def make_room(self) -> None: ...
+    def keep_on_device(self, stage: str, size: int) -> bool: ...
     def shows_previews(self) -> bool: ...
     def progress(self, total: int) -> Progress: ...
     def check_interrupted(self) -> None: ...
@@ -97,7 +98,8 @@ def placed(handles: Sequence[StageHandle], memory: int = 0) -> list[StageHandle]
 
     All that a node runs is placed in one call: a later one may take the place of what an earlier one placed. What comes
     back is for this run; nothing that is on a wire changes. Loaders leave weights in main memory, and here is decided
-    how they get to the device: ComfyUI loads and offloads them by its own rules, other hosts give the node a copy.
+    how they get to the device: ComfyUI loads and offloads them by its own rules, other hosts give the node a copy that
+    they keep while there is room, or stream the weights where there is not (`cascade_ops.residency`).
     What a stage carries (ControlNets, IP-Adapters) is placed with it.
     """
     carried = {id(each): each for handle in handles for each in handle.attached}
@@ -112,6 +114,11 @@ def placed(handles: Sequence[StageHandle], memory: int = 0) -> list[StageHandle]
 def make_room() -> None:
     """Let the host take what it keeps on the device off it, for work that wants all of its memory, such as training."""
     _backend().make_room()
+
+
+def keep_on_device(stage: str, size: int) -> bool:
+    """Whether a loader puts a stage of `size` bytes on the device for good, with no copy of it in main memory."""
+    return _backend().keep_on_device(stage, size)
 
 
 def shows_previews() -> bool:
@@ -187,10 +194,13 @@ class PlainBackend:
         """The rules of `cascade_ops.handles.choose_dtype`."""
 
     def placed(self, handles: Sequence[StageHandle], memory: int) -> list[StageHandle]:
-        return copied_to([self.device(handle.stage) for handle in handles], handles)
+        return copied_to([self.device(handle.stage) for handle in handles], handles, memory)
 
     def make_room(self) -> None:
-        release_unused_memory()
+        drop_copies()
+
+    def keep_on_device(self, stage: str, size: int) -> bool:
+        return room_for_good(self.device(stage), size)
 
     def shows_previews(self) -> bool:
         return False
@@ -229,24 +239,36 @@ class _SilentProgress:
         """No host, no report."""
 
 
-def copied_to(devices: Sequence[torch.device], handles: Sequence[StageHandle]) -> list[StageHandle]:
-    """Each stage on its device: itself if it is there, else a copy that lasts as long as the caller keeps it.
+def copied_to(devices: Sequence[torch.device], handles: Sequence[StageHandle], memory: int = 0) -> list[StageHandle]:
+    """Each stage on its device: itself if it is there, else a copy, or one whose weights are streamed to it.
 
-    So only what a node runs occupies a device. On a CPU there is nothing to copy.
+    Copies stay for the next run while all that is asked for fits, see `cascade_ops.residency`. On a CPU there is
+    nothing to copy.
     """
-    pairs = list(zip(handles, devices, strict=True))
-    if any(handle.device != device for handle, device in pairs):
-        release_unused_memory()
-    return [handle.to(device) for handle, device in pairs]
+    from ..cascade_ops.residency import DEVICE_KEEPER
+
+    return DEVICE_KEEPER.placed(handles, devices, memory)
+
+
+def drop_copies() -> None:
+    """Take the copies that are kept on devices off them."""
+    from ..cascade_ops.residency import DEVICE_KEEPER
+
+    DEVICE_KEEPER.drop()
+
+
+def room_for_good(device: torch.device, size: int) -> bool:
+    """Whether a stage of `size` bytes may live on the device without a copy in main memory."""
+    from ..cascade_ops.residency import DEVICE_KEEPER
+
+    return DEVICE_KEEPER.fits_whole_family(device, size)
 
 
 def release_unused_memory() -> None:
     """Collect garbage and hand the memory that PyTorch holds in reserve back to the device."""
-    import torch
+    from ..cascade_ops.free_memory import release_unused
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_unused()
 
 
 _plain = PlainBackend()

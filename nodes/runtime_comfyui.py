@@ -56,6 +56,10 @@ class ComfyUIBackend:
         management.unload_all_models()
         management.soft_empty_cache()
 
+    def keep_on_device(self, stage: str, size: int) -> bool:
+        """Never: its own memory management moves the weights."""
+        return False
+
     def shows_previews(self) -> bool:
         """As the setting says: of the server's start, or, since ComfyUI 0.8, of the prompt."""
         arguments = _arguments()

@@ -197,7 +197,7 @@ class CascadeSampleStageC:
         previewer: StageHandle | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..cascade_ops import memory, stages, wires
+        from ..cascade_ops import acceleration, memory, residency, stages, wires
 
         chosen = stages.SamplingSettings(**settings)
         start = wires.read_latent(latent)
@@ -228,6 +228,7 @@ class CascadeSampleStageC:
             callback=_report(chosen.steps, show),
         )
         notes += [f"with {each.describe()}" for each in (*stage_c.controls, *stage_c.ip_adapters)]
+        notes += acceleration.notes(stage_c) + residency.streaming_note(stage_c)
         return {"ui": _said(stage_c, chosen, result.stage_c_pixels(), notes), "result": (result.to_wire(),)}
 
 
@@ -297,7 +298,7 @@ class CascadeSampleStageB:
         start_latent: dict | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..cascade_ops import finished, memory, sizes, stages, wires
+        from ..cascade_ops import acceleration, finished, memory, residency, reuse, sizes, stages, wires
 
         chosen = stages.SamplingSettings(**settings)
         prior = wires.read_latent(latent)
@@ -311,9 +312,13 @@ class CascadeSampleStageB:
         shape = (len(plan.missing), 4, *sizes.stage_b_size(*prior.stage_c_pixels()))
         windows = stages.stage_b_windows(stage_b, prior, chosen)
         bytes_needed = memory.sampling_bytes(stage_b, shape, stage_b.module.c_clip_seq, largest=windows.largest)
+        bytes_needed += reuse.kept_bytes(stage_b, len(plan.missing), windows)
         stage_a, notes = _fitting(stage_a, stage_b)
         if windows.total > 1:
             notes.append(f"in {len(windows.columns)} x {len(windows.rows)} windows of {chosen.window} pixels at most")
+        reused = reuse.reused_steps(stage_b, chosen)
+        if reused is not None:
+            notes.append(reused.describe())
         show = None
         if not plan.missing:
             pass  # no model is needed
@@ -330,6 +335,8 @@ class CascadeSampleStageB:
         result = plan.sample(stage_b, _report(chosen.steps, show), runtime.check_interrupted)
         if plan.kept:
             notes.append(f"{len(plan.kept)} of {len(prior.samples)} pictures kept from an earlier run")
+        if plan.missing:
+            notes += acceleration.notes(stage_b, windows.total > 1) + residency.streaming_note(stage_b)
         return {"ui": _said(stage_b, chosen, result.stage_b_pixels(), notes), "result": (result.to_wire("stage_b"),)}
 
 

@@ -132,7 +132,9 @@ def patches_on_weights_come_along_and_go_again(inside):
     core = ksampled(inside, patched, positive, negative, torch.zeros(1, 16, 6, 6))
     again = inside.run("CascadeToModel", stage=handle)[0]
     near(ksampled(inside, again, positive, negative, torch.zeros(1, 16, 6, 6)), core)
-    near(sampled_c(inside, stage_c, positive, negative)["samples"], plain, 0)
+    # It runs on the layers of ComfyUI's model by now, whose weights are not read but asked: another order of sums.
+    unpatched = sampled_c(inside, stage_c, positive, negative)["samples"]
+    near(unpatched, plain, 1e-4)
     near(sampled_c(inside, handle, positive, negative)["samples"], changed, 0)
     # Offloaded, the patches are applied when a weight is fetched.
     patched.detach()
@@ -144,7 +146,7 @@ def patches_on_weights_come_along_and_go_again(inside):
     finally:
         inside.management.load_models_gpu = load
         patched.detach()
-    near(sampled_c(inside, stage_c, positive, negative)["samples"], plain, 0)
+    near(sampled_c(inside, stage_c, positive, negative)["samples"], unpatched, 0)
 
 
 @check

@@ -410,6 +410,7 @@ def main(checkout, base, folder, graphs, answers):
     importlib.import_module("comfyui_wires")
     importlib.import_module("comfyui_bridge")
     importlib.import_module("comfyui_explore")
+    importlib.import_module("comfyui_quantized")
     found = {}
     for function in CHECKS:
         gc.collect()

@@ -13,7 +13,7 @@ from PIL import Image
 from stable_cascade_nodes.host import cli
 
 HERE = Path(__file__).parent
-FILES = ("comfyui_inside.py", "comfyui_wires.py", "comfyui_bridge.py", "comfyui_explore.py")
+FILES = ("comfyui_inside.py", "comfyui_wires.py", "comfyui_bridge.py", "comfyui_explore.py", "comfyui_quantized.py")
 NAMES = [name for file in FILES for name in re.findall(r"^@check\ndef (\w+)", (HERE / file).read_text(), re.MULTILINE)]
 GRAPHS = {name: comfyui.short(graph) for name, graph in comfyui.graphs().items()}
 

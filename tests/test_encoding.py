@@ -259,8 +259,8 @@ def test_the_mask_nodes_say_what_they_made(host):
     assert [each.shape for each in padded["result"]] == [(1, 40, 80, 3), (1, 40, 80)]
 
 
-def test_stage_a_needs_as_much_memory_to_encode_as_to_decode():
+def test_memory_that_stage_a_needs_to_encode():
     stage_a = handle("stage_a", StageA, torch.float32)
     for side in (256, 1024):
-        estimate = memory.decoding_bytes(stage_a, (1, 4, side // 4, side // 4))
+        estimate = memory.autoencoding_bytes(stage_a, (1, 4, side // 4, side // 4))
         assert 1 < estimate / counted(stage_a, lambda model, side=side: model.encode(empty(1, 3, side, side))) < 1.4

@@ -74,9 +74,11 @@ def test_every_block_attends_to_text_and_pictures_apart():
     model, adapter = make_model(), make_adapter()
     weights = [0.7, 1.0, -0.5, 0.3, 1.2, 0.9, 0.4, 0.8]
     mask = torch.rand(2, 16, 8, generator=torch.Generator().manual_seed(3))
-    seen = []
+    seen, given = [], []
     for block in model.blocks_of(AttnBlock):
-        block.register_forward_hook(lambda block, inputs, output: seen.append((block, inputs[0], output)))
+        # Blocks write over what they are given.
+        block.register_forward_pre_hook(lambda block, inputs: given.append(inputs[0].clone()))
+        block.register_forward_hook(lambda block, inputs, output: seen.append((block, given.pop(), output.clone())))
     run(model, adapter.attention(PICTURES, weights, mask))
 
     assert [block for block, _, _ in seen] == model.blocks_of(AttnBlock)

@@ -86,13 +86,50 @@ def test_stage_b(batch, side):
     assert 1 < estimate / counted(stage_b, run) < 1.4
 
 
-def test_stage_a_and_previewer():
-    stage_a, previewer = handle("stage_a", StageA, torch.float32), handle("previewer", Previewer, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [64, 256, 512, 1024])
+def test_stage_a(side, dtype):
+    stage_a = handle("stage_a", StageA, dtype)
+    shape = (3, 4, side, side)
+    decoded = counted(stage_a, lambda model: model.decode(empty(1, *shape[1:])))
+    assert 1 < memory.decoding_bytes(stage_a, shape) / decoded < 1.4
+    encoded = counted(stage_a, lambda model: model.encode(empty(1, 3, 4 * side, 4 * side)))
+    assert 1 < memory.autoencoding_bytes(stage_a, shape) / encoded < 1.4
+
+
+def test_stage_a_on_a_cpu_which_works_in_smaller_strips():
+    stage_a = StageHandle("stage_a", small_stage_a(), SimpleNamespace(title="stage_a"), "test")
+    shape = (1, 4, 128, 128)
+    decoded = counted(stage_a, lambda model: model.decode(torch.zeros(shape)))
+    assert 1 < memory.decoding_bytes(stage_a, shape, on_cpu=True) / decoded < 2
+    assert memory.decoding_bytes(stage_a, shape, on_cpu=True) < memory.decoding_bytes(stage_a, shape)
+
+
+def small_stage_a():
+    return StageA(c_hidden=48, bottleneck_blocks=1).eval().requires_grad_(False)
+
+
+def test_previewer():
+    previewer = handle("previewer", Previewer, torch.float32)
     for side in (64, 256):
-        estimate = memory.decoding_bytes(stage_a, (3, 4, side, side))
-        assert 1 < estimate / counted(stage_a, lambda model, side=side: model.decode(empty(1, 4, side, side))) < 1.4
         estimate = memory.preview_bytes(previewer, (2, 16, side, side))
         assert 1 < estimate / counted(previewer, lambda model, side=side: model(empty(2, 16, side, side))) < 1.4
+
+
+@pytest.mark.parametrize("needs", [memory.decoding_bytes, memory.autoencoding_bytes])
+def test_a_picture_that_does_not_fit_is_decoded_in_the_largest_tiles_that_do(needs):
+    stage_a = StageHandle("stage_a", StageA().requires_grad_(False), SimpleNamespace(title="stage_a"), "test")
+    shape, spare = (1, 4, 1024, 1024), 256 * 2**20
+    whole = needs(stage_a, shape, on_cpu=True)
+    assert memory.fitting_tile(stage_a, shape, 0, needs, whole + spare) == (0, [])
+    tile, said = memory.fitting_tile(stage_a, shape, 0, needs, whole + spare - 1)
+    assert tile == 2048
+    assert said[0].startswith(f"in tiles of 2048 pixels, since the whole picture would need {whole / 1e9:.1f} GB and ")
+    for free in (spare + needs(stage_a, shape, 512, on_cpu=True), spare + needs(stage_a, shape, 1024, on_cpu=True) - 1):
+        assert memory.fitting_tile(stage_a, shape, 0, needs, free)[0] == 512
+    assert memory.fitting_tile(stage_a, shape, 0, needs, 0)[0] == 256
+    # Who asks for a tile gets it.
+    assert memory.fitting_tile(stage_a, shape, 4096, needs, 0) == (4096, [])
 
 
 @pytest.mark.parametrize("kind", CONTROLNETS)

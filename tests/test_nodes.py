@@ -59,6 +59,10 @@ IDS = [
     "CascadeLoadFaces",
     "CascadeDetectFaces",
     "CascadeFaceIdentityControl",
+    "CascadeReuseInnerBlocks",
+    "CascadeAccelerateStageC",
+    "CascadeAccelerateStageB",
+    "CascadeAccelerateStageA",
 ]
 # Inside ComfyUI only.
 BRIDGE_IDS = ["CascadeStageCFromModel", "CascadeStageBFromModel", "CascadeToModel"]

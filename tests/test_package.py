@@ -102,6 +102,7 @@ def test_the_wheel_says_its_licence_and_command(wheel):
         "Provides-Extra: host",
         "Provides-Extra: train",
         "Provides-Extra: faces",
+        "Provides-Extra: benchmark",
         "Provides-Extra: test",
     }
     assert "cascade = stable_cascade_nodes.host.cli:main" in commands

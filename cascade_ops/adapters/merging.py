@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..float16 import divided, scale_of, scaled_rows
 from ..handles import StageHandle
+from ..quantized import weight_of
 from ..text import TextEncoder
 from .changes import WeightChange
 from .names import located
-from .rounding import rounded
+from .rounding import rounded_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ def unmerged(handle: StageHandle) -> StageHandle:
     """The handle without its LoRAs, for a look at its weights."""
     if not isinstance(handle, AdaptedHandle):
         return handle
-    return StageHandle(handle.stage, handle.plain, handle.info, handle.name)
+    return StageHandle(handle.stage, handle.plain, handle.info, handle.name, weights=handle.weights)
 
 
 def adapted(handle: StageHandle, lora: Applied, defaults: Mapping[str, float]) -> AdaptedHandle:
@@ -103,15 +105,16 @@ def _merged(plain: nn.Module | TextEncoder, applied: Sequence[Applied]) -> nn.Mo
         for name, change in lora.changes.items():
             target, third = located(name)
             parts.setdefault(target, []).append((third, change, lora.strength))
+    scaled = divided(plain) if scale_of(plain) != 1 else {}
     # deepcopy takes what the memo already holds instead of copying it: untouched weights are the same tensors.
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     for target, changes in parts.items():
-        parameter = plain.get_parameter(target)
-        weight = parameter.detach().float()
+        # A change is meant for the weights as they were published.
+        weight = scaled_rows(weight_of(plain, target), scaled.get(target), scale_of(plain))
         total = torch.zeros_like(weight)
         for third, change, strength in changes:
             rows = rows_of(total, third)
             rows += change.added(rows_of(weight, third), strength)
-        changed = rounded(weight + total, parameter.dtype, target)
-        memo[id(parameter)] = nn.Parameter(changed, requires_grad=False)
+        changed = scaled_rows(weight + total, scaled.get(target), 1 / scale_of(plain))
+        memo |= rounded_like(plain, target, changed)
     return copy.deepcopy(plain, memo)

@@ -11,7 +11,9 @@ import math
 import zlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..quantized import scale_beside, scale_of
 
 # So many at a time: what is needed beside the weights stays small, and in the cache of a CPU.
 _CHUNK = 1 << 20
@@ -19,7 +21,7 @@ _FRACTION_BITS = 23  # of float32
 
 
 def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Float32 `values` in a float `dtype` of fewer bits: each is one of its two neighbours there, the nearer one more
+    """Float32 `values` in a `dtype` of fewer bits: each is one of its two neighbours there, the nearer one more
     often, so that the mean is right. Values that `dtype` holds stay exactly; those beyond its range become its largest.
 
     name: of the weight: the same values of the same name round the same way each time, on every device.
@@ -34,7 +36,26 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return result
 
 
+def rounded_like(model: nn.Module, name: str, values: Tensor) -> dict[int, object]:
+    """Float32 `values` of the weight `name` as `model` holds it: by the identity of each tensor, what replaces it.
+
+    A row of int8 keeps its scale unless it outgrows it, and one of float8 gets that of its largest value: so values
+    without a change stay what they are.
+    """
+    parameter, scale = model.get_parameter(name), scale_beside(model, name)
+    if scale is None:
+        return {id(parameter): nn.Parameter(rounded(values, parameter.dtype, name), requires_grad=False)}
+    fitting = scale_of(values, parameter.dtype)
+    if parameter.dtype == torch.int8:
+        fitting = torch.maximum(scale, fitting)
+    changed = rounded(values / fitting[:, None], parameter.dtype, name)
+    return {id(parameter): nn.Parameter(changed, requires_grad=False), id(scale): fitting}
+
+
 def _rounded(values: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.int8:
+        below = values.floor()
+        return (below + (_fraction(noise) < values - below)).clamp(-127, 127).to(dtype)
     kind = torch.finfo(dtype)
     values = values.clamp(-kind.max, kind.max)
     # Random bits are added where bits are cut off: they carry over into the last one kept as often as they should.
@@ -45,9 +66,14 @@ def _rounded(values: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
         small = values.abs() < kind.smallest_normal
         places = values[small] / (kind.smallest_normal * kind.eps)
         below = places.floor()
-        up = ((noise[small] >> 8) & 0xFFFFFF).float() / 2**24 < places - below
+        up = _fraction(noise[small]) < places - below
         result[small] = (below + up) * (kind.smallest_normal * kind.eps)
     return result.to(dtype)
+
+
+def _fraction(noise: Tensor) -> Tensor:
+    """Random bits as numbers from 0 up to but not 1."""
+    return ((noise >> 8) & 0xFFFFFF).float() / 2**24
 
 
 def _noise(like: Tensor, start: int, seed: int) -> Tensor:

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..quantized import with_eight_bits
+from .eight_bits import eight_bit_dtypes, read_in_eight_bits
 from .errors import CheckpointError, shown
 from .info import MODELS, FileInfo, inspect_file
 from .reading import TensorReader
 
 if TYPE_CHECKING:
     from ..text import TextEncoder
+
+# From the module, which has no weights yet, the function from a float tensor's name and its values, in the dtype of the
+# file, to what the module gets.
+Convert = Callable[[nn.Module], Callable[[str, Tensor], Tensor]]
 
 _UNINITIALISED = (torch.empty, torch.rand, torch.randn)
 
@@ -40,6 +46,8 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    eight_bits: torch.dtype | None = None,
+    convert: Convert | None = None,
 ) -> tuple[Any, FileInfo]:
     """Load one model from a file, a model folder or a combined checkpoint, in evaluation mode and without gradients.
 
@@ -49,6 +57,9 @@ def load(
             whatever a single file holds.
         dtype: of the float tensors; None keeps the file's (8-bit floats become bfloat16).
         device: where every tensor goes as soon as it is read.
+        eight_bits: what the large matrices of Stage C or Stage B become as soon as they are read (``int8`` or a
+            float8, see `quantized`); None leaves them float.
+        convert: takes the place of `dtype` for a model of these classes, tensor by tensor.
 
     Returns:
         The module (``StageA``, ``StageB``, ``StageC``, ``LatentEncoder``, ``Previewer``, ``ControlNet``,
@@ -56,9 +67,9 @@ def load(
         what it is.
 
     Raises:
-        CheckpointError: another stage than expected, several models and no ``expect``, or tensors that are missing,
-            unknown or of a wrong shape. All of this is found from the header, before a tensor is read (for a text
-            encoder, whose table may be stored in part, right after).
+        CheckpointError: another stage than expected, or one that has no weights of 8 bits; several models and no
+            ``expect``, or tensors that are missing, unknown or of a wrong shape. All of this is found from the header,
+            before a tensor is read (for a text encoder, whose table may be stored in part, right after).
     """
     whole = path if isinstance(path, FileInfo) else inspect_file(path)
     info = _pick(whole, expect)
@@ -69,15 +80,17 @@ def load(
         )
     if info.leftover:
         _refuse_unknown(info, info.leftover)
+    small = {} if eight_bits is None else eight_bit_dtypes(info, eight_bits)
     if info.stage == "text_encoder":
         return _text_encoder(info, _read(info, dtype, device)), info
     module = _build(info)
     expected = module.state_dict()
     _check(info, expected)
-    tensors = _read(info, dtype, device)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not expected[name].is_floating_point():
-            tensors[name] = tensor.to(expected[name].dtype)  # counters that a cast of the whole file turned to floats
+    with_eight_bits(module, small)
+    tensors = _read(info, dtype, device, small, convert and convert(module))
+    for name, wanted in expected.items():
+        if name in tensors and tensors[name].is_floating_point() and not wanted.is_floating_point():
+            tensors[name] = tensors[name].to(wanted.dtype)  # counters that a cast of the whole file turned to floats
     module.load_state_dict(tensors, strict=False, assign=True)
     return module.to(device).eval().requires_grad_(False), info
 
@@ -161,6 +174,20 @@ def _refuse_unknown(info: FileInfo, names: Sequence[str]) -> NoReturn:
     )
 
 
-def _read(info: FileInfo, dtype: torch.dtype | None, device: torch.device | str) -> dict[str, Tensor]:
+def _read(
+    info: FileInfo,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    small: Mapping[str, torch.dtype] | None = None,
+    converted: Callable[[str, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """All tensors under their names; those in `small` as 8-bit values, with their scales beside them."""
     with TensorReader() as reader:
-        return {name: reader.read(recipe, dtype, device) for name, recipe in info.recipes.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, recipe in info.recipes.items():
+            if small and name in small:
+                tensors |= read_in_eight_bits(reader, info, name, small[name], device)
+                continue
+            tensor = reader.read(recipe, None if converted else dtype, device)
+            tensors[name] = converted(name, tensor) if converted and tensor.is_floating_point() else tensor
+        return tensors

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..quantized import is_quantized
 from .errors import STAGE_TITLES, CheckpointError
 from .header import ITEM_BYTES, Entry
 from .info import MODELS
@@ -49,9 +50,20 @@ def save(
         The path that was written.
 
     Raises:
-        CheckpointError: the tensors are not those of ``stage`` in the original layout.
+        CheckpointError: the tensors are not those of ``stage`` in the original layout, have 8 bits with scales, or were
+            rescaled for float16.
     """
     path = Path(path)
+    if isinstance(model, nn.Module) and is_quantized(model):
+        raise CheckpointError(
+            f"The {STAGE_TITLES.get(stage, stage)} to be written to {path.name} has weights of 8 bits with scales, "
+            "expected float weights: load it as auto, bfloat16 or float32."
+        )
+    if getattr(model, "stream_scale", 1.0) != 1:
+        raise CheckpointError(
+            f"The {STAGE_TITLES.get(stage, stage)} to be written to {path.name} was rescaled for float16, which a file "
+            "does not say, expected the weights as they were published: load it in bfloat16 or float32."
+        )
     tensors = dict(model.state_dict() if isinstance(model, nn.Module) else model)
     _check_stage(tensors, stage, path)
     metadata = {**(metadata or {}), "format": "pt", "cascade.stage": stage, "cascade.config": json.dumps(dict(config))}

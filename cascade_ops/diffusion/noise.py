@@ -22,6 +22,9 @@ def draw_noise(
 ) -> Tensor:
     """Unit normal noise, float32 of `shape` ``[B, ...]``, image by image from its own generator.
 
+    For a CUDA device it is drawn into pinned memory, which the GPU reads by itself: the host neither waits for the copy
+    nor for the work before it, so that noise is drawn while the device computes.
+
     Raises ValueError when there is not one generator per image.
     """
     if len(generators) != shape[0]:
@@ -29,4 +32,8 @@ def draw_noise(
             f"There are {len(generators)} noise generators for a batch of {shape[0]}: make one per image with "
             "image_generators(seed, batch)."
         )
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=generator) for generator in generators]).to(device)
+    pinned = torch.device(device).type == "cuda"
+    noise = torch.empty(tuple(shape), pin_memory=pinned)
+    for image, generator in zip(noise, generators, strict=True):
+        torch.randn(image.shape, generator=generator, out=image)
+    return noise.to(device, non_blocking=pinned)

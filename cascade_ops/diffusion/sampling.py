@@ -154,7 +154,8 @@ def sample(
     if not x0.isfinite().all():
         raise ValueError(
             "Sampling gave a latent with NaN or infinite values, expected finite ones: load the model in bfloat16 "
-            "or float32 (some overflow in float16, the 3.6B Stage C among them), or lower the guidance scale."
+            "or float32 if it runs in float16, whose range some models leave even where the loader rescaled them, or "
+            "lower the guidance scale."
         )
     return Sampled(x0, x)
 

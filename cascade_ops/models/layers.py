@@ -9,10 +9,14 @@ Architecture: Pernias et al., "Würstchen: An Efficient Architecture for Large-S
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .dense import at_hand, dense, linear
+from .in_place import EVERY, Workspace, add_mlp
 
 NORM_EPS = 1e-6
 
@@ -21,17 +25,16 @@ NORM_EPS = 1e-6
 WeightedKeyValue = tuple[Tensor, float | Tensor]
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Normalise the last axis without learned scale or shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+def layer_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Normalise the last axis without learned scale or shift; the same for `x` divided by `scale` as for `x`."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS / scale**2)
 
 
 def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Apply a 1x1 convolution to a channels-last tensor ``[B, H, W, C_in]``."""
-    if type(conv) is not nn.Conv2d:
-        # A layer of a host, which fetches its weights only when it is called.
-        return as_channels_last(conv(as_image(x)))
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    weights = at_hand(conv)
+    # A layer of a host fetches its weights only when it is called.
+    return as_channels_last(conv(as_image(x))) if weights is None else dense(x, weights[0].flatten(1), weights[1])
 
 
 def as_image(x: Tensor) -> Tensor:
@@ -66,12 +69,16 @@ def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Te
     return F.pad(embedding, (0, width % 2))
 
 
+def response_share(response: Tensor) -> Tensor:
+    """Each channel's share of the response: `response`, its norms over a picture ``[..., C]``, over their mean."""
+    return response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+
+
 def response_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """Scale each channel of ``[B, H, W, C]`` by its share of the response of the whole picture."""
     # The sum of squares over a picture leaves float16's range long before a single activation does.
     response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    share = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
-    return torch.addcmul(beta, x, 1 + gamma * share)
+    return torch.addcmul(beta, x, 1 + gamma * response_share(response).to(x.dtype))
 
 
 class GlobalResponseNorm(nn.Module):
@@ -86,6 +93,15 @@ class GlobalResponseNorm(nn.Module):
         # A host that is short of memory leaves small weights where they were.
         return response_norm(x, self.gamma.to(x.device), self.beta.to(x.device))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `scale` and `beta` say what it does; a host's may keep its weights elsewhere."""
+        return type(self) is GlobalResponseNorm
+
+    def scale(self, response: Tensor) -> Tensor:
+        """What each channel is multiplied by where its norms over a picture are `response` ``[..., C]``; float32."""
+        return 1 + self.gamma.to(response) * response_share(response)
+
 
 def channelwise_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
     """The per-pixel MLP with global response norm; ``c_in`` to ``4 c`` to ``c`` channels."""
@@ -95,29 +111,50 @@ def channelwise_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
 
 
 class ResBlock(nn.Module):
-    """Depthwise convolution, layer norm, MLP, residual; a skip tensor joins before the MLP."""
+    """Depthwise convolution, layer norm, MLP, residual; a skip tensor joins before the MLP.
+
+    With a `Workspace` the result is written over the input.
+    """
+
+    stream_scale = 1.0  # what the stream that it adds to is divided by, see `float16`
 
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
         self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
         self.channelwise = channelwise_mlp(c + c_skip, c, dropout)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        hidden = layer_norm(as_channels_last(self.depthwise(as_image(x))))
-        if skip is not None:
-            hidden = torch.cat([hidden, skip], dim=-1)
-        return x + self.channelwise(hidden)
+    def forward(self, x: Tensor, skip: Tensor | None = None, workspace: Workspace | None = None) -> Tensor:
+        if workspace is not None:
+            return add_mlp(x, partial(self.mixed, x, skip), self.channelwise, workspace)
+        return x + self.channelwise(self.mixed(x, skip))
+
+    def mixed(self, x: Tensor, skip: Tensor | None = None, image: slice = EVERY, rows: slice = EVERY) -> Tensor:
+        """What the MLP reads of some images and rows of `x` ``[B, H, W, c]``."""
+        reach = self.depthwise.kernel_size[0] // 2
+        seen, kept = rows, EVERY
+        if rows != EVERY:
+            seen = slice(max(0, rows.start - reach), min(x.shape[1], rows.stop + reach))
+            kept = slice(rows.start - seen.start, rows.stop - seen.start)
+        mixed = as_channels_last(self.depthwise(as_image(x[image, seen])))
+        hidden = layer_norm(mixed[:, kept], self.stream_scale)
+        return hidden if skip is None else torch.cat([hidden, skip[image, rows]], dim=-1)
 
 
 class FeedForwardBlock(nn.Module):
-    """Layer norm, MLP, residual."""
+    """Layer norm, MLP, residual. With a `Workspace` the result is written over the input."""
+
+    stream_scale = 1.0  # what the stream that it adds to is divided by, see `float16`
 
     def __init__(self, c: int, dropout: float = 0.0):
         super().__init__()
         self.channelwise = channelwise_mlp(c, c, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.channelwise(layer_norm(x))
+    def forward(self, x: Tensor, workspace: Workspace | None = None) -> Tensor:
+        if workspace is not None:
+            return add_mlp(
+                x, lambda image, rows: layer_norm(x[image, rows], self.stream_scale), self.channelwise, workspace
+            )
+        return x + self.channelwise(layer_norm(x, self.stream_scale))
 
 
 class TimestepBlock(nn.Module):
@@ -141,10 +178,10 @@ class TimestepBlock(nn.Module):
         scale, shift = modulation.chunk(2, dim=-1)
         return torch.cat([1 + scale, shift], dim=-1)[:, :, None, None, :]
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Apply one step's modulation ``[N or 1, 1, 1, 2 c]`` to ``[B, H, W, c]``."""
+    def forward(self, x: Tensor, modulation: Tensor, workspace: Workspace | None = None) -> Tensor:
+        """Apply one step's modulation ``[N or 1, 1, 1, 2 c]`` to ``[B, H, W, c]``; over it if there is a workspace."""
         scale, shift = modulation.chunk(2, dim=-1)
-        return torch.addcmul(shift, x, scale)
+        return torch.addcmul(shift, x, scale, out=None if workspace is None else x)
 
 
 class Attention(nn.Module):
@@ -165,7 +202,7 @@ class Attention(nn.Module):
         """Project ``[N, T, c]`` with some thirds (0 query, 1 key, 2 value) of the packed weights."""
         c = tokens.shape[-1]
         rows = slice(parts.start * c, parts.stop * c)
-        return F.linear(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return dense(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
     def forward(
         self, tokens: Tensor, key_value: Tensor, self_attn: bool, decoupled: Sequence[WeightedKeyValue] = ()
@@ -183,7 +220,7 @@ class Attention(nn.Module):
         attended = self.attend(query, key_value)
         for other, weight in decoupled:
             attended = attended + (weight * self.attend(query, other.to(query))).to(attended.dtype)
-        return self.out_proj(attended)
+        return linear(self.out_proj, attended)
 
     def attend(self, query: Tensor, key_value: Tensor) -> Tensor:
         """What queries ``[B, L, c]`` read from ``[B or 1, T, 2 c]``: ``[B, L, c]``, not yet through `out_proj`."""
@@ -197,7 +234,12 @@ class Attention(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Layer norm, attention to the picture's own tokens and the conditions, residual."""
+    """Layer norm, attention to the picture's own tokens and the conditions, residual.
+
+    With a `Workspace` the result is written over the input.
+    """
+
+    stream_scale = 1.0  # what the stream that it adds to is divided by, see `float16`
 
     def __init__(self, c: int, c_cond: int, nhead: int, self_attn: bool = True, dropout: float = 0.0):
         super().__init__()
@@ -210,6 +252,13 @@ class AttnBlock(nn.Module):
         """Keys and values ``[N, T, 2 c]`` of the condition tokens ``[N, T, c_cond]``."""
         return self.attention["attn"].project(self.kv_mapper(condition), slice(1, 3))
 
-    def forward(self, x: Tensor, key_value: Tensor, decoupled: Sequence[WeightedKeyValue] = ()) -> Tensor:
-        tokens = layer_norm(x).flatten(1, 2)
-        return x + self.attention["attn"](tokens, key_value, self.self_attn, decoupled).view_as(x)
+    def forward(
+        self,
+        x: Tensor,
+        key_value: Tensor,
+        decoupled: Sequence[WeightedKeyValue] = (),
+        workspace: Workspace | None = None,
+    ) -> Tensor:
+        tokens = layer_norm(x, self.stream_scale).flatten(1, 2)
+        attended = self.attention["attn"](tokens, key_value, self.self_attn, decoupled).view_as(x)
+        return x + attended if workspace is None else x.add_(attended)

@@ -5,17 +5,25 @@ Architecture: Rampas et al., "A Novel Sampling Scheme for Text- and Image-Condit
 Latent Spaces" (2022, "Paella").
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import as_channels_last, as_image, layer_norm, pointwise
+from .dense import linear
+from .in_place import activated, strips
+from .layers import NORM_EPS, as_channels_last, as_image, layer_norm, pointwise
+
+# Bytes of the widest level that are decoded at once on a CPU: a strip sees a little more than it gives.
+_TAIL_STRIP = 24 << 20
 
 
 class MixingBlock(nn.Module):
     """Depthwise convolution and MLP, each behind a norm with six learned gates shared by all channels.
 
-    Input and output ``[B, H, W, C]``.
+    Input and output ``[B, H, W, C]``; `over` writes over its input.
     """
 
     def __init__(self, c: int, c_hidden: int):
@@ -30,6 +38,33 @@ class MixingBlock(nn.Module):
         x = torch.addcmul(x, as_channels_last(self.depthwise(as_image(mixed))), gate[2])
         mixed = torch.addcmul(gate[4], layer_norm(x), 1 + gate[3])
         return torch.addcmul(x, self.channelwise(mixed), gate[5])
+
+    def over(self, x: Tensor) -> Tensor:
+        """The same, written over `x`, which is returned: strips of rows pass through the whole block."""
+        first, _, last = self.channelwise
+        gate = self.gammas.to(x.device)
+        height, width = x.shape[1:3]
+        for image in x.split(1):
+            above = None
+            for rows in strips(height, width, last.in_features * x.element_size(), x.device):
+                strip = image[:, rows]
+                # The convolution also reads the row below and the one above, which has been written over.
+                normed = _gated_norm(image[:, rows.start : rows.stop + 1], gate[0], gate[1])
+                seen = [normed[:, :1] if above is None else above, normed]
+                if rows.stop == height:
+                    seen.append(normed[:, -1:])
+                above = normed[:, len(strip[0]) - 1 : len(strip[0])]
+                padded = F.pad(as_image(torch.cat(seen, dim=1)), (1, 1, 0, 0), mode="replicate")
+                torch.addcmul(strip, as_channels_last(self.depthwise[1](padded)), gate[2], out=strip)
+                hidden = activated(linear(first, _gated_norm(strip, gate[3], gate[4])))
+                torch.addcmul(strip, linear(last, hidden), gate[5], out=strip)
+        return x
+
+
+def _gated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm, times ``1 + scale``, plus `shift`, in one pass."""
+    shape = x.shape[-1:]
+    return F.layer_norm(x, shape, (1 + scale).expand(shape).contiguous(), shift.expand(shape).contiguous(), NORM_EPS)
 
 
 class VectorQuantizer(nn.Module):
@@ -117,8 +152,7 @@ class StageA(nn.Module):
                 f"A picture of {width} x {height} was given; Stage A needs multiples of {self.compression}: resize it."
             )
         x = pointwise(as_channels_last(self.in_block[0](image.to(self.dtype))), self.in_block[1])
-        for block in self.down_blocks:
-            x = block(x) if isinstance(block, MixingBlock) else as_channels_last(block(as_image(x)))
+        x = self._through(self.down_blocks, x)
         latent = as_image(x) / self.scale_factor
         if not quantize:
             return latent, None, None
@@ -126,8 +160,41 @@ class StageA(nn.Module):
         return latent, as_image(entries) / self.scale_factor, indices
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Decode latents ``[B, c_latent, h, w]`` to ``[B, 3, 4 h, 4 w]``, about 0..1 and not clamped."""
+        """Decode latents ``[B, c_latent, h, w]`` to ``[B, 3, 4 h, 4 w]``, about 0..1 and not clamped.
+
+        The widest level, the last one, is made in strips of rows, so that no more than a strip of it is ever there.
+        """
         x = pointwise(as_channels_last(latent.to(self.dtype) * self.scale_factor), self.up_blocks[0][0])
-        for block in self.up_blocks[1:]:
-            x = block(x) if isinstance(block, MixingBlock) else as_channels_last(block(as_image(x)))
+        last = max((i for i, block in enumerate(self.up_blocks) if isinstance(block, nn.ConvTranspose2d)), default=0)
+        if last == 0 or self._keeps():
+            return self._pixels(self._through(self.up_blocks[1:], x))
+        x, tail = self._through(self.up_blocks[1:last], x), self.up_blocks[last:]
+        # In rows of what goes in: half a one for the transposed convolution and for each block behind it.
+        reach = math.ceil(len(tail) / 2)
+        height, width = x.shape[1:3]
+        scale = 4  # the transposed convolution doubles the sides, and so does the pixel shuffle
+        picture = x.new_empty(len(x), 3, height * scale, width * scale)
+        position = 4 * tail[0].out_channels * x.element_size()
+        for rows in strips(height, width, position, x.device, least=8 * reach, most=_TAIL_STRIP):
+            seen = slice(max(0, rows.start - reach), min(height, rows.stop + reach))
+            pixels = self._pixels(self._through(tail, x[:, seen]))
+            start = (rows.start - seen.start) * scale
+            kept = slice(rows.start * scale, rows.stop * scale)
+            picture[:, :, kept] = pixels[:, :, start : start + kept.stop - kept.start]
+        return picture
+
+    def _keeps(self) -> bool:
+        """Whether what goes into a block is still needed: by autograd, or by a compiler that arranges it itself."""
+        return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+    def _through(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+        keeps = self._keeps()
+        for block in blocks:
+            if isinstance(block, MixingBlock):
+                x = block(x) if keeps else block.over(x)
+            else:
+                x = as_channels_last(block(as_image(x)))
+        return x
+
+    def _pixels(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(as_image(pointwise(x, self.out_block[0])), 2)

@@ -7,10 +7,12 @@ of the prepared noise levels. The plain ``forward`` of a stage is a preparation 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .in_place import Workspace
 from .ip_adapter import DecoupledAttention
 from .layers import (
     AttnBlock,
@@ -27,6 +29,22 @@ from .layers import (
 
 # A control residual per residual block, in the order in which the network runs them; None where there is none.
 ControlResiduals = Sequence[Tensor | None]
+
+
+class InnerLevels(Protocol):
+    """What the inner levels give the outer ones in a step: computed and kept, or taken from an earlier step.
+
+    outer: how many levels are computed in any case.
+    """
+
+    @property
+    def outer(self) -> int: ...
+
+    def take(self) -> Tensor | None:
+        """What the level below them gave, ``[B, rows, columns, c]``; None where it is to be computed."""
+
+    def keep(self, given: Tensor) -> None:
+        """Is told what the level below them gave where it was computed; nothing writes to it afterwards."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,9 @@ class CascadeUNet(nn.Module):
         nn.init.xavier_uniform_(self.embedding[1].weight, 0.02)
         nn.init.zeros_(self.clf[1].weight)
 
+    # What the stream of the last level is divided by, see `float16`.
+    stream_scale: float = 1.0
+
     # Where the layers cast their weights themselves, what they cast them to.
     compute_dtype: torch.dtype | None = None
 
@@ -226,13 +247,21 @@ class CascadeUNet(nn.Module):
             decoupled=tuple(decoupled),
         )
 
-    def step(self, x: Tensor, prepared: Prepared, index: int, control: ControlResiduals | None = None) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        prepared: Prepared,
+        index: int,
+        control: ControlResiduals | None = None,
+        inner: InnerLevels | None = None,
+    ) -> Tensor:
         """Predict the target for latents ``x`` at the prepared noise level ``index``.
 
         Args:
             x: ``[B, c_in, H, W]``.
             prepared: for ``B`` conditions, or for one that all latents share.
             control: residuals ``[B or 1, c, h, w]`` added before the residual blocks, any size.
+            inner: lets the inner levels be left out, an approximation; not together with `control`.
 
         Returns:
             ``[B, c_out, H, W]`` in the dtype of the weights.
@@ -245,6 +274,10 @@ class CascadeUNet(nn.Module):
         key_values = dict(zip(self.blocks_of(AttnBlock), prepared.key_values, strict=True))
         places = {block: place for place, block in enumerate(key_values)}
         residuals = iter(control or ())
+        # Blocks write over what they are given where nothing will ask for it again: autograd, or a compiler, which
+        # makes its own arrangement. What a level leaves to a skip is not written to after that.
+        keep = torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()
+        workspace = None if keep else Workspace()
 
         def run(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
             if isinstance(block, ResBlock):
@@ -252,21 +285,30 @@ class CascadeUNet(nn.Module):
                     x = resize(x, skip.shape[1:3])
                 residual = next(residuals, None)
                 if residual is not None:
+                    if block.stream_scale != 1:
+                        residual = residual / block.stream_scale
                     x = x + resize(residual.to(x.dtype).permute(0, 2, 3, 1), x.shape[1:3])
-                return block(x, skip)
+                return block(x, skip, workspace)
             if isinstance(block, TimestepBlock):
-                return block(x, modulations[block])
+                return block(x, modulations[block], workspace)
             if isinstance(block, AttnBlock):
                 beside = [attention.at(places[block], x.shape[1:3]) for attention in prepared.decoupled]
-                return block(x, key_values[block], [one for one in beside if one is not None])
-            return block(x)
+                return block(x, key_values[block], [one for one in beside if one is not None], workspace)
+            return block(x, workspace)
 
         x = layer_norm(pointwise(as_channels_last(self.embedding[0](x.to(self.dtype))), self.embedding[1]))
         if prepared.added is not None:
             x = x + prepared.added
 
+        def enlarged(i: int, x: Tensor) -> Tensor:
+            return as_channels_last(self.up_upscalers[i][1](as_image(layer_norm(x))))
+
+        given = None if inner is None else inner.take()
+        levels = len(self.down_blocks) if given is None else inner.outer
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.down_blocks):
+            if level == levels:
+                break
             if level > 0:
                 x = as_channels_last(self.down_downscalers[level][1](as_image(layer_norm(x))))
             for mapper in (*self.down_repeat_mappers[level], None):
@@ -276,14 +318,21 @@ class CascadeUNet(nn.Module):
                     x = pointwise(x, mapper)
             skips.append(x)
 
+        first = len(self.up_blocks) - levels
+        if given is not None:
+            x = enlarged(first - 1, given)
         for i, blocks in enumerate(self.up_blocks):
+            if i < first:
+                continue
             skip = skips.pop()
             for mapper in (*self.up_repeat_mappers[i], None):
                 for j, block in enumerate(blocks):
                     x = run(block, x, skip if i > 0 and j == 0 else None)
                 if mapper is not None:
                     x = pointwise(x, mapper)
+            if inner is not None and i == len(self.up_blocks) - 1 - inner.outer:
+                inner.keep(x)
             if i < len(self.up_blocks) - 1:
-                x = as_channels_last(self.up_upscalers[i][1](as_image(layer_norm(x))))
+                x = enlarged(i, x)
 
-        return self.clf[2](as_image(pointwise(layer_norm(x), self.clf[1])))
+        return self.clf[2](as_image(pointwise(layer_norm(x, self.stream_scale), self.clf[1])))

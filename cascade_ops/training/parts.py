@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..catalog import AUTO, ModelFile, best
+from ..float16 import refuse_rescaled
 from ..handles import StageHandle, load_stage
 from ..pipeline import model_files
 from .settings import Models
@@ -18,6 +19,8 @@ _ALWAYS_FLOAT32 = ("latent_encoder", "stage_a", "previewer", "image_encoder")
 
 class Parts:
     """Loads the files that `Models` names; `given` are handles that are there already, by stage.
+
+    Raises ValueError for a given handle with weights of 8 bits, or rescaled for float16.
 
     frozen_dtype: of Stages C and B and the text encoder where they only run, ``float32`` or ``bfloat16``. The small
     encoders are float32, and so are weights to be trained, whatever the file holds.
@@ -32,6 +35,13 @@ class Parts:
         self.models = models or Models()
         self.frozen_dtype = frozen_dtype
         self._handles = dict(given or {})
+        for handle in self._handles.values():
+            refuse_rescaled(handle.module, handle.title, "training")
+            if handle.weights:
+                raise ValueError(
+                    f"{handle.title} was given to train with, expected float weights, which can be changed by small "
+                    "amounts: load it as auto, bfloat16 or float32."
+                )
         self._given = set(self._handles)
 
     def path(self, stage: str) -> Path:

@@ -8,6 +8,7 @@ from .image_prompts import IMAGE_VARIATION
 from .image_to_image import IMAGE_TO_IMAGE, INPAINT, OUTPAINT, RECONSTRUCTION
 from .ip_adapters import COMBINED, IP_ADAPTER, IP_ADAPTER_STYLE_AND_LAYOUT
 from .loras import LORA, LORA_NEW_TOKEN
+from .speed import FAST_STAGE_B
 from .text import CHANGE_THE_PROMPT, CHECKPOINT_FILES, PREVIEW_FIRST, TEXT_TO_IMAGE
 from .training import TRAIN_LORA
 
@@ -33,4 +34,5 @@ WORKFLOWS = (
     LORA,
     LORA_NEW_TOKEN,
     HIGH_RESOLUTION,
+    FAST_STAGE_B,
 )
