@@ -146,6 +146,16 @@ class Chain:
         return np.stack(found)
 
 
+def row_of(chain: Chain, way: Way, repeats: int) -> dict[str, Any]:
+    """What `measured` says, or why a stage with smaller numbers refused to run."""
+    try:
+        return measured(chain, way, repeats)
+    except ValueError as error:
+        if way.dtype == "float32":
+            raise
+        return {"kind": way.kind, "stage": TITLES[way.stage], "name": way.name, "refused": str(error)}
+
+
 def measured(chain: Chain, way: Way, repeats: int) -> dict[str, Any]:
     """A row: how far the pictures differ, how many are still right, and what the stage saves."""
     exact = getattr(chain.pipeline, way.stage)
@@ -212,7 +222,11 @@ def ways_table(rows: Sequence[dict[str, Any]], exact_right: float) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     lines.append(f"| none |  |  |  |  |  | {exact_right:.2f} | 1 | 1 | 1 |")
     for row in rows:
-        cells = [row["kind"], row["stage"], row["name"], f"{row['psnr']:.1f} dB", str(row["largest_difference"])]
+        cells = [row["kind"], row["stage"], row["name"]]
+        if "refused" in row:
+            lines.append(f"| {' | '.join([*cells, 'refuses', *[''] * 6])} |")
+            continue
+        cells += [f"{row['psnr']:.1f} dB", str(row["largest_difference"])]
         cells += [f"{row[key]:.2f}" for key in ("read_the_same", "right", "operations", "weight_bytes")]
         cells.append(f"{row['seconds']['median']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -257,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     exact_right = _share(result["all"] for result in chain.judged)
     rows = []
     for way in ways():
-        rows.append(measured(chain, way, given.repeats))
+        rows.append(row_of(chain, way, given.repeats))
         print(ways_table(rows[-1:], exact_right).splitlines()[-1], flush=True)
     counted = [row for size in SIZES for row in published(size)]
     tables = {"measured approximations": ways_table(rows, exact_right), "counted operations": published_table(counted)}

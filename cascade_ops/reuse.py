@@ -88,9 +88,10 @@ def reuse_inner(stage_b: StageHandle, reuse: InnerReuse) -> StageHandle:
 
     Raises ValueError for another stage, for one that reuses already, and where the model has no inner levels left.
     """
-    if stage_b.expect("stage_b").reuse is not None:
+    before = stage_b.expect("stage_b").reuse
+    if before is not None:
         raise ValueError(
-            f"{stage_b.title} already {stage_b.reuse.describe()}, expected one that does not reuse anything: connect "
+            f"{stage_b.title} already {before.describe()}, expected one that does not reuse anything: connect "
             "it from before the node that set this."
         )
     levels = len(stage_b.module.c_hidden)

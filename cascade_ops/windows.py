@@ -164,8 +164,8 @@ class WindowedStageB:
                 self.before_each()
             added = self.model.token_condition(prepared.grid[..., down.tokens, across.tokens])
             cut = (..., _scaled(down.tokens, patch), _scaled(across.tokens, patch))
-            own = {} if inner is None else {"inner": inner.of(number)}
-            prediction = self.model.step(x[cut], replace(prepared.prepared, added=added), index, **own).float()
+            own = None if inner is None else inner.of(number)
+            prediction = self.model.step(x[cut], replace(prepared.prepared, added=added), index, inner=own).float()
             weight = down.weights[:, None] * across.weights
             blended[cut] += prediction * weight.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
         return blended

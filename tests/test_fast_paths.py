@@ -66,7 +66,7 @@ def calls_of(monkeypatch, module, name):
     return calls
 
 
-@pytest.mark.parametrize("shape", [(64, 5), (2, 9, 11, 5), (1, 300, 5)])
+@pytest.mark.parametrize("shape", [(4200, 5), (2, 40, 60, 5), (1, 5000, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_matrix_product_by_convolution(two_threads, monkeypatch, shape, bias):
     monkeypatch.setattr(dense, "_ONE_DNN", torch.backends.mkldnn.is_available())
@@ -78,7 +78,7 @@ def test_matrix_product_by_convolution(two_threads, monkeypatch, shape, bias):
     assert bool(convolutions) == torch.backends.mkldnn.is_available()
 
 
-@pytest.mark.parametrize("case", ["few rows", "one thread", "autograd", "bfloat16", "no oneDNN"])
+@pytest.mark.parametrize("case", ["few numbers", "one thread", "autograd", "bfloat16", "no oneDNN"])
 def test_plain_matrix_product_where_the_other_does_not_pay(two_threads, monkeypatch, case):
     monkeypatch.setattr(dense, "_ONE_DNN", case != "no oneDNN")
     if case == "one thread":
@@ -86,7 +86,7 @@ def test_plain_matrix_product_where_the_other_does_not_pay(two_threads, monkeypa
     convolutions = calls_of(monkeypatch, F, "conv2d")
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
     layer = filled(nn.Linear(5, 7)).to(dtype)
-    x = torch.randn(63 if case == "few rows" else 64, 5).to(dtype)
+    x = torch.randn(4000 if case == "few numbers" else 4200, 5).to(dtype)
     with torch.set_grad_enabled(case == "autograd"):
         assert torch.equal(dense.linear(layer, x), F.linear(x, layer.weight, layer.bias))
     assert not convolutions

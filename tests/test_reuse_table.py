@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stable_cascade_nodes.benchmarks import approximations
-from stable_cascade_nodes.benchmarks.approximations import Chain, Way, into_page, measured, published, ways
+from stable_cascade_nodes.benchmarks.approximations import Chain, Way, into_page, measured, published, row_of, ways
 from stable_cascade_nodes.benchmarks.floors import operations
 from stable_cascade_nodes.benchmarks.models import CONFIGS, without_memory
 from stable_cascade_nodes.cascade_ops.handles import DTYPES
@@ -71,6 +71,19 @@ def test_operations_of_the_published_sizes_are_those_of_a_run(monkeypatch):
         assert row["step_operations"] == whole
         assert row["run"] == pytest.approx((2 + 2 * row["reusing_step"]) / 4)
     assert found[2, 1]["reusing_step"] < found[2, 2]["reusing_step"] < found[2, 3]["reusing_step"] < 1
+
+
+def test_a_stage_that_refuses_its_numbers_has_a_line_that_says_so(chain, monkeypatch):
+    def refuse(*_):
+        raise ValueError("not finite")
+
+    monkeypatch.setattr(Chain, "pictures", refuse)
+    row = row_of(chain, Way("smaller numbers", "float16", "stage_b", dtype="float16"), 1)
+    assert row["refused"] == "not finite"
+    line = approximations.ways_table([row], 1.0).splitlines()[-1]
+    assert line.startswith("| smaller numbers | Stage B | float16 | refuses |") and line.count("|") == 11
+    with pytest.raises(ValueError, match="not finite"):
+        row_of(chain, Way("fewer steps", "", "stage_b"), 1)
 
 
 def test_tables_are_put_where_the_page_names_them():

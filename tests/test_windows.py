@@ -90,7 +90,7 @@ def test_windows_that_cannot_be_are_refused(model):
 class Local(StageB):
     """Predicts each token from itself and its condition alone: windows change nothing."""
 
-    def step(self, x, prepared, index, control=None):
+    def step(self, x, prepared, index, control=None, inner=None):
         added = prepared.added[..., :4].permute(0, 3, 1, 2)
         return x * 0.5 + F.interpolate(added, scale_factor=2.0, mode="nearest")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Fewer rows than this are done before another way could pay.
-_FEWEST_ROWS = 64
+# PyTorch gives a convolution of fewer numbers than this to a slow way of its own.
+_FEWEST_NUMBERS = 20_481
 
 
 def at_hand(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -49,7 +49,7 @@ def _convolution_pays(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and x.numel() >= _FEWEST_ROWS * x.shape[-1]
+        and x.numel() >= _FEWEST_NUMBERS
         and _ONE_DNN
         and torch.get_num_threads() > 1
         and not torch.is_grad_enabled()
