@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .floors import Rates, floor
+
 NOT_MEASURED = "not measured"
 _HEADINGS = ("case", "ours", "diffusers", "ratio", "target", "floor", "ours / floor", "peak, ours", "peak, diffusers")
 
@@ -50,7 +52,7 @@ def _processor() -> str:
 
 def table(result: Mapping[str, Any]) -> str:
     """The table of a result, with the machine above it and notes below it."""
-    about, rows = result["machine"], result["cases"]
+    about, rows = result["machine"], _with_floors(result["cases"])
     where = about["gpu"] or f"{about['processor']}, {about['cores']} cores, {about['threads']} threads"
     head = (
         f"{where}; {result['dtype']}; torch {about['torch']}, diffusers {about['diffusers']}, "
@@ -67,6 +69,18 @@ def table(result: Mapping[str, Any]) -> str:
         on_gpu = (row["title"] for row in rows if row["computes"])
         lines.extend(_row([f"{title}, bfloat16 on a GPU", *[NOT_MEASURED] * 3, *[""] * 5]) for title in on_gpu)
     return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def _with_floors(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with floors by the best rates that any of them found: what slows a machine for a moment is no limit."""
+    found = [row["floor"] for row in rows if "floor" in row]
+    if not found:
+        return list(rows)
+    best = Rates(*(max(each[f"{name}_per_second"] for each in found) for name in ("operations", "bytes")))
+    return [
+        {**row, "floor": floor(best, row["floor"]["operations"], row["floor"]["bytes"])} if "floor" in row else row
+        for row in rows
+    ]
 
 
 def _notes(row: Mapping[str, Any]) -> Sequence[str]:

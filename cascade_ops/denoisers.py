@@ -162,8 +162,21 @@ Forward = Callable[[Tensor, Prepared, int, int], Tensor]  # x, prepared, step in
 ModelStep = Callable[..., Tensor]  # as `CascadeUNet.step`
 
 
+def _light(forward: Forward) -> Forward:
+    """In inference mode where nothing is to be differentiated: small models spend a part of a step on bookkeeping."""
+
+    def run(x: Tensor, prepared: Prepared, index: int, halves: int) -> Tensor:
+        if torch.is_grad_enabled():
+            return forward(x, prepared, index, halves)
+        with torch.inference_mode():
+            return forward(x, prepared, index, halves)
+
+    return run
+
+
 def _one_half(forward: Forward, cond: Prepared) -> Predict:
     """Never guided."""
+    forward = _light(forward)
 
     def predict(x: Tensor, index: int, guided: bool) -> tuple[Tensor, Tensor | None]:
         return forward(x, cond, index, 1), None
@@ -173,6 +186,7 @@ def _one_half(forward: Forward, cond: Prepared) -> Predict:
 
 def _joined_halves(forward: Forward, both: Prepared, batch: int) -> Predict:
     """Both halves in one pass when guided; `both` holds the conditional half first."""
+    forward = _light(forward)
     cond = both.narrow(0, batch)
 
     def predict(x: Tensor, index: int, guided: bool) -> tuple[Tensor, Tensor | None]:
@@ -186,6 +200,7 @@ def _joined_halves(forward: Forward, both: Prepared, batch: int) -> Predict:
 
 def _separate_halves(forward: Forward, cond: Prepared, uncond: Prepared) -> Predict:
     """One pass per half."""
+    forward = _light(forward)
 
     def predict(x: Tensor, index: int, guided: bool) -> tuple[Tensor, Tensor | None]:
         return forward(x, cond, index, 1), forward(x, uncond, index, 1) if guided else None

@@ -254,7 +254,7 @@ def decode_stage_a(
             callback(len(pictures) * each + done)
 
     for samples in latent.samples.split(1):
-        with threads_for(handle), acting(handle):
+        with threads_for(handle, samples.shape[2] * samples.shape[3]), acting(handle):
             picture = tiled_decode(model, samples, tile, report, handle.device)
         pictures.append(_as_pictures(finite_picture(picture[..., :height, :width])))
     return torch.cat(pictures)
@@ -312,7 +312,9 @@ def _sample(
     matched = _start_is_matched(settings)
     if settings.start < 1:
         x = noised_start(start, x, settings.start, settings.shift, matched)
-    with threads_for(handle), acting(handle):
+    rows, columns = handle.module.token_size(*start.shape[2:])
+    positions = len(start) * rows * columns * (1 if settings.guidance == 1 else 2)
+    with threads_for(handle, positions), acting(handle):
         result = sample(
             denoiser,
             x,

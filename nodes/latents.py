@@ -120,7 +120,7 @@ class CascadeDecodeStageA:
             "optional": {"tile": tile_input("decodes")},
         }
 
-    def decode(self, stage_a: StageHandle, latent: dict, tile: int = 0) -> dict[str, Any]:
+    def decode(self, stage_a: StageHandle, latent: dict, tile: int = 0) -> tuple[Tensor] | dict[str, Any]:
         from ..cascade_ops import memory, stages, tiles, wires
 
         runtime.check_interrupted()
@@ -130,8 +130,8 @@ class CascadeDecodeStageA:
         tile, said = memory.fitting_tile(stage_a, shape, tile)
         bar = runtime.progress(len(read.samples) * tiles.tile_count(shape[2:], tile))
         pictures = stages.decode_stage_a(stage_a, read, bar.update, tile)
-        height, width = read.stage_b_pixels()
-        return {"ui": {"text": [f"{width} x {height} pixels", *said]}, "result": (pictures,)}
+        # A line under the node takes room in the graph: only where there is something to say.
+        return {"ui": {"text": said}, "result": (pictures,)} if said else (pictures,)
 
 
 class CascadePreviewLatent:

@@ -237,7 +237,7 @@ def result():
         "notes": ["a note"],
         "sides": {"ours": side, "theirs": {**side, "median": 3.0}, "fast": {**side, "median": 0.5}},
         "ratios": {"ours": 1.5, "fast": 6.0},
-        "floor": {"seconds": 0.25, "limit": "bytes"},
+        "floor": floors.floor(floors.Rates(8.0, 4.0), counted=1, moved=1),
         "memory_ours": {"growth": 1e8, "total": 2e9},
         "memory_theirs": {"growth": 3e8, "total": 4e9},
     }
@@ -330,6 +330,18 @@ def test_all_parts_of_a_run(monkeypatch, tmp_path, capsys):
         assert row["memory_theirs"].keys() == {"growth", "total"}
     assert found["cases"][1]["floor"]["limit"] == "bytes"
     assert report.table(found) == capsys.readouterr().out
+
+
+def test_floors_are_by_the_best_rates_of_a_file():
+    """The second case found the machine twice as fast: so the first one is as far from that as it is."""
+    side = {"samples": [1.0], "median": 1.0, "spread": 0.0}
+    row = {"title": "A", "status": "measured", "target": None, "computes": False, "difference": 0.0, "notes": []}
+    row.update(sides={"ours": side, "theirs": side}, ratios={"ours": 1.0})
+    rows = [{**row, "floor": floors.floor(floors.Rates(rate, 1e9), 8, 0)} for rate in (16.0, 32.0)]
+    machine = {"processor": "a CPU", "cores": 4, "threads": 2, "gpu": None}
+    machine.update(torch="2", diffusers="0.42.1", transformers="5")
+    lines = report.table({"machine": machine, "dtype": "float32", "repeats": 1, "quick": False, "cases": rows})
+    assert [line.split(" | ")[5:7] for line in lines.splitlines() if line.startswith("| A")] == [["0.25 s", "4.00"]] * 2
 
 
 def test_a_child_prints_what_it_measured():

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from stable_cascade_nodes.cascade_ops.models import StageA, StageB, StageC, dense, in_place
 from stable_cascade_nodes.cascade_ops.models.layers import FeedForwardBlock, ResBlock
-from torch import nn
 
 STAGE_B = {
     "c_hidden": [8, 12, 16, 16],
@@ -62,7 +63,9 @@ def assert_near(quick, plain, most=2e-5):
 def calls_of(monkeypatch, module, name):
     """Arguments of every call of a function of a module, which still does its work."""
     calls, real = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *arguments, **named: (calls.append(arguments), real(*arguments, **named))[1])
+    monkeypatch.setattr(
+        module, name, lambda *arguments, **named: (calls.append(arguments), real(*arguments, **named))[1]
+    )
     return calls
 
 

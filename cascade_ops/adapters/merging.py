@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..float16 import divided, scale_of, scaled_rows
 from ..handles import StageHandle
+from ..models.unet import CascadeUNet
 from ..quantized import weight_of
 from ..text import TextEncoder
 from .changes import WeightChange
@@ -105,7 +106,7 @@ def _merged(plain: nn.Module | TextEncoder, applied: Sequence[Applied]) -> nn.Mo
         for name, change in lora.changes.items():
             target, third = located(name)
             parts.setdefault(target, []).append((third, change, lora.strength))
-    scaled = divided(plain) if scale_of(plain) != 1 else {}
+    scaled = divided(plain) if isinstance(plain, CascadeUNet) and scale_of(plain) != 1 else {}
     # deepcopy takes what the memo already holds instead of copying it: untouched weights are the same tensors.
     memo: dict[int, object] = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     for target, changes in parts.items():

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # PyTorch gives a convolution of fewer numbers than this to a slow way of its own.
 _FEWEST_NUMBERS = 20_481
+# oneDNN puts the weight in order at every call, which fewer rows than these do not repay.
+_FEWEST_ROWS = 128
 
 
 def at_hand(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -39,7 +41,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _convolution_pays(x):
         return F.linear(x, weight, bias)
     row = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-    product = F.conv2d(row, weight[:, :, None, None], bias)
+    product = F.conv2d(row, weight.view(*weight.shape, 1, 1), bias)
     return product.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -49,7 +51,7 @@ def _convolution_pays(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and x.numel() >= _FEWEST_NUMBERS
+        and x.numel() >= max(_FEWEST_NUMBERS, _FEWEST_ROWS * x.shape[-1])
         and _ONE_DNN
         and torch.get_num_threads() > 1
         and not torch.is_grad_enabled()

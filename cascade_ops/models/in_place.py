@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from .dense import at_hand, dense, linear
 
-EVERY = slice(None)
-
 # Bytes of what is made at once: what stays in a CPU's caches, and what a GPU is busy with for long enough.
 _STRIP = 4 << 20
 _LARGE_STRIP = 256 << 20
@@ -62,19 +60,20 @@ def squares(x: Tensor) -> Tensor:
     return (x * x).sum(0)
 
 
-def add_mlp(x: Tensor, mixed: Callable[[slice, slice], Tensor], mlp: nn.Sequential, workspace: Workspace) -> Tensor:
+def add_mlp(x: Tensor, mixed: Callable[..., Tensor], mlp: nn.Sequential, workspace: Workspace) -> Tensor:
     """Add a per-pixel MLP with global response norm to ``[B, H, W, C]``, which is written over.
 
-    mixed: gives the MLP's input for some images and rows. mlp: linear, GELU, response norm, dropout (not applied),
-    linear.
+    mixed: gives the MLP's input for some images and rows, without them for all. mlp: linear, GELU, response norm,
+    dropout (not applied), linear.
     """
     first, _, norm, _, last = mlp
     height, width = x.shape[1:3]
     hidden_bytes = x.element_size() * last.in_features
     # A layer that has to be called makes its weights anew at each call.
     called = not norm.is_plain or at_hand(first) is None or at_hand(last) is None
-    if called or x.device.type != "cpu" or len(x) * height * width * hidden_bytes <= _KEPT:
-        hidden = activated(linear(first, mixed(EVERY, EVERY)))
+    small = len(x) * height * width * hidden_bytes <= _KEPT or height * width <= _FEWEST_POSITIONS
+    if called or small or x.device.type != "cpu":
+        hidden = activated(linear(first, mixed()))
         if not norm.is_plain:
             return x.add_(linear(last, norm(hidden)))
         scale = norm.scale(_response(hidden))

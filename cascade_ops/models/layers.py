@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dense import at_hand, dense, linear
-from .in_place import EVERY, Workspace, add_mlp
+from .in_place import Workspace, add_mlp
 
 NORM_EPS = 1e-6
 
@@ -100,7 +100,10 @@ class GlobalResponseNorm(nn.Module):
 
     def scale(self, response: Tensor) -> Tensor:
         """What each channel is multiplied by where its norms over a picture are `response` ``[..., C]``; float32."""
-        return 1 + self.gamma.to(response) * response_share(response)
+        # `response_share` with sums in place of means, in as few operations as there are: small models feel each one.
+        channels = response.shape[-1]
+        total = response.sum(dim=-1, keepdim=True).add_(1e-6 * channels)
+        return torch.addcdiv(response.new_ones(1), self.gamma.to(response) * response, total, value=channels)
 
 
 def channelwise_mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
@@ -128,16 +131,20 @@ class ResBlock(nn.Module):
             return add_mlp(x, partial(self.mixed, x, skip), self.channelwise, workspace)
         return x + self.channelwise(self.mixed(x, skip))
 
-    def mixed(self, x: Tensor, skip: Tensor | None = None, image: slice = EVERY, rows: slice = EVERY) -> Tensor:
-        """What the MLP reads of some images and rows of `x` ``[B, H, W, c]``."""
-        reach = self.depthwise.kernel_size[0] // 2
-        seen, kept = rows, EVERY
-        if rows != EVERY:
+    def mixed(
+        self, x: Tensor, skip: Tensor | None = None, image: slice | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """What the MLP reads of some rows of some images of `x` ``[B, H, W, c]``; without `rows` of all."""
+        if rows is None:
+            mixed = as_channels_last(self.depthwise(as_image(x)))
+        else:
+            reach = self.depthwise.kernel_size[0] // 2
             seen = slice(max(0, rows.start - reach), min(x.shape[1], rows.stop + reach))
-            kept = slice(rows.start - seen.start, rows.stop - seen.start)
-        mixed = as_channels_last(self.depthwise(as_image(x[image, seen])))
-        hidden = layer_norm(mixed[:, kept], self.stream_scale)
-        return hidden if skip is None else torch.cat([hidden, skip[image, rows]], dim=-1)
+            mixed = as_channels_last(self.depthwise(as_image(x[image, seen])))
+            mixed = mixed[:, rows.start - seen.start : rows.stop - seen.start]
+            skip = None if skip is None else skip[image, rows]
+        hidden = layer_norm(mixed, self.stream_scale)
+        return hidden if skip is None else torch.cat([hidden, skip], dim=-1)
 
 
 class FeedForwardBlock(nn.Module):
@@ -151,10 +158,12 @@ class FeedForwardBlock(nn.Module):
 
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> Tensor:
         if workspace is not None:
-            return add_mlp(
-                x, lambda image, rows: layer_norm(x[image, rows], self.stream_scale), self.channelwise, workspace
-            )
-        return x + self.channelwise(layer_norm(x, self.stream_scale))
+            return add_mlp(x, partial(self.mixed, x), self.channelwise, workspace)
+        return x + self.channelwise(self.mixed(x))
+
+    def mixed(self, x: Tensor, image: slice | None = None, rows: slice | None = None) -> Tensor:
+        """What the MLP reads of some rows of some images of `x` ``[B, H, W, c]``; without `rows` of all."""
+        return layer_norm(x if rows is None else x[image, rows], self.stream_scale)
 
 
 class TimestepBlock(nn.Module):
@@ -200,6 +209,8 @@ class Attention(nn.Module):
 
     def project(self, tokens: Tensor, parts: slice) -> Tensor:
         """Project ``[N, T, c]`` with some thirds (0 query, 1 key, 2 value) of the packed weights."""
+        if parts.start == 0 and parts.stop == 3:
+            return dense(tokens, self.in_proj_weight, self.in_proj_bias)
         c = tokens.shape[-1]
         rows = slice(parts.start * c, parts.stop * c)
         return dense(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])

@@ -39,14 +39,16 @@ FAST_STAGE_B = Workflow(
                 Node(_REUSE, "CascadeReuseInnerBlocks", {"stage_b": (3, 0)}, said=True),
             ),
             "text",
+            width=360,
         ),
         Column("Stage C: what is seen", (sample_c(9, 6, 7, 8),), "stage_c"),
         Column(
             "Stage B: detail, approximated",
             (_sampled(11, "Sample Stage B, reusing inner blocks", stage_b=(_REUSE, 0)),),
             "stage_b",
+            width=320,
         ),
-        Column("Stage B: detail, exact", (_sampled(13, "Sample Stage B, exact"),), "stage_b"),
+        Column("Stage B: detail, exact", (_sampled(13, "Sample Stage B, exact"),), "stage_b", width=320),
         Column(
             "Stage A: both pictures",
             (
