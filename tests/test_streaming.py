@@ -169,18 +169,20 @@ def test_weights_of_8_bits_are_streamed_as_they_are(small_family, weights):
     assert any(weight.tensor.element_size() == 1 for block in blocks_of(model, SMALL) for weight in block.each_step)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_streamed_is_resident_to_the_bit(kind):
-    from stable_cascade_nodes.cascade_ops.streaming import CudaLane
+if torch.cuda.is_available():
 
-    build, run = KINDS[kind]
-    device = torch.device("cuda", torch.cuda.current_device())
-    resident, model = build().to(device), build()
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_on_a_gpu_streamed_is_resident_to_the_bit(kind):
+        from stable_cascade_nodes.cascade_ops.streaming import CudaLane
 
-    network = streamed(model, CudaLane(device), least_bytes(model, SMALL), SMALL)
-    for _ in range(3):
-        assert torch.equal(run(network, device=device), run(resident, device=device))
+        build, run = KINDS[kind]
+        device = torch.device("cuda", torch.cuda.current_device())
+        resident, model = build().to(device), build()
+
+        network = streamed(model, CudaLane(device), least_bytes(model, SMALL), SMALL)
+        for _ in range(3):
+            assert torch.equal(run(network, device=device), run(resident, device=device))
+
 
 
 def test_what_shares_the_structure_shares_no_tables():
