@@ -184,7 +184,6 @@ if torch.cuda.is_available():
             assert torch.equal(run(network, device=device), run(resident, device=device))
 
 
-
 def test_what_shares_the_structure_shares_no_tables():
     model = small_stage_c()
     copy = same_structure(model)
