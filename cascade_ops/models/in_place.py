@@ -71,13 +71,13 @@ def add_mlp(x: Tensor, mixed: Callable[..., Tensor], mlp: nn.Sequential, workspa
     hidden_bytes = x.element_size() * last.in_features
     # A layer that has to be called makes its weights anew at each call.
     called = not norm.is_plain or at_hand(first) is None or at_hand(last) is None
-    small = len(x) * height * width * hidden_bytes <= _KEPT or height * width <= _FEWEST_POSITIONS
+    small = x.shape[0] * height * width * hidden_bytes <= _KEPT or height * width <= _FEWEST_POSITIONS
     if called or small or x.device.type != "cpu":
         hidden = activated(linear(first, mixed()))
         if not norm.is_plain:
             return x.add_(linear(last, norm(hidden)))
         scale = norm.scale(_response(hidden))
-        if len(x) == 1 and _folds(height * width, last):
+        if x.shape[0] == 1 and _folds(height * width, last):
             return x.add_(dense(hidden, *_folded(last, scale.flatten(), norm.beta.to(x).flatten())))
         return x.add_(linear(last, torch.addcmul(norm.beta.to(x), hidden, scale.to(hidden.dtype), out=hidden)))
     beta = norm.beta.to(x).flatten()

@@ -225,7 +225,7 @@ class Attention(nn.Module):
         c = tokens.shape[-1]
         if self_attn:
             query, own = self.project(tokens, slice(0, 3)).split([c, 2 * c], dim=-1)
-            key_value = torch.cat([own, key_value.expand(len(tokens), -1, -1)], dim=1)
+            key_value = torch.cat([own, key_value.expand(tokens.shape[0], -1, -1)], dim=1)
         else:
             query = self.project(tokens, slice(0, 1))
         attended = self.attend(query, key_value)
