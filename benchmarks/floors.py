@@ -43,22 +43,23 @@ def measured_rates(device: torch.device, dtype: torch.dtype, small: bool = False
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
     ways = (lambda: torch.mm(left, right, out=product), lambda: F.conv2d(image, filters))
-    found = [2 * side**3 / min(_best(way, device) for way in ways)]
+    found = [2 * side**3 / min(fastest(way, device) for way in ways)]
     if device.type == "cpu" and not small:
         # What stays in the caches runs faster yet.
         positions, width, out = _CACHED_PRODUCT
         image, filters = torch.randn(1, 1, positions, width).permute(0, 3, 1, 2), torch.randn(out, width, 1, 1)
         image, filters = image.to(dtype), filters.to(dtype)
-        found.append(2 * positions * width * out / _best(lambda: F.conv2d(image, filters), device))
+        found.append(2 * positions * width * out / fastest(lambda: F.conv2d(image, filters), device))
     return Rates(
         max(found),
-        2 * 4 * count / _best(lambda: target.copy_(source), device),
+        2 * 4 * count / fastest(lambda: target.copy_(source), device),
     )
 
 
-def _best(run: Callable[[], Any], device: torch.device) -> float:
+def fastest(run: Callable[[], Any], device: torch.device, tries: int = _TRIES) -> float:
+    """Seconds of the fastest of some runs, after one that does not count."""
     run()
-    return min(_seconds(run, device) for _ in range(_TRIES))
+    return min(_seconds(run, device) for _ in range(tries))
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -10,12 +10,12 @@ outermost level into new memory and over itself (`models.in_place`), in millisec
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .floors import fastest
 
 # Positions, channels in and out.
 _PRODUCTS = {
@@ -29,16 +29,7 @@ _PRODUCTS = {
     "Stage A, a strip, MLP": (4096, 384, 1536),
 }
 _HIDDEN = (16384, 1280)
-
-
-def _seconds(run: Callable[[], object], repeats: int) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+_CPU = torch.device("cpu")
 
 
 def _products(repeats: int) -> None:
@@ -47,8 +38,8 @@ def _products(repeats: int) -> None:
     for name, (positions, width, out) in _PRODUCTS.items():
         x, weight, bias = torch.randn(positions, width), torch.randn(out, width), torch.randn(out)
         row = x.view(1, 1, positions, width).permute(0, 3, 1, 2)
-        plain = _seconds(lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias), repeats)
-        other = _seconds(lambda row=row, w=weight[:, :, None, None], bias=bias: F.conv2d(row, w, bias), repeats)
+        plain = fastest(lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias), _CPU, repeats)
+        other = fastest(lambda row=row, w=weight[:, :, None, None], bias=bias: F.conv2d(row, w, bias), _CPU, repeats)
         operations = 2e-9 * positions * width * out
         rates = f"{operations / plain:.0f} | {operations / other:.0f} | {plain / other:.2f}"
         print(f"| {name} | {positions} | {width}, {out} | {rates} |", flush=True)
@@ -77,7 +68,7 @@ def _passes(repeats: int) -> None:
     print(f"\n| pass over {_HIDDEN[0]} x {_HIDDEN[1]} float32 | new memory, ms | over itself, ms | ratio |")
     print("|---|---|---|---|")
     for name, (new, over) in pairs.items():
-        first, second = _seconds(new, repeats), _seconds(over, repeats)
+        first, second = fastest(new, _CPU, repeats), fastest(over, _CPU, repeats)
         print(f"| {name} | {first * 1e3:.1f} | {second * 1e3:.1f} | {first / second:.1f} |", flush=True)
 
 

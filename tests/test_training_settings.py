@@ -172,6 +172,12 @@ def test_a_wrong_value_is_refused_by_its_path(read, text, problem):
         ("controlnet", "controlnet: {embeddings: f}", "`controlnet.embeddings` has no effect on the kind canny"),
         ("lora", "loss: {weight: p2, buckets: 24}", "`loss.buckets` is of the adaptive weight and has no effect on p2"),
         ("stage_b", "loss: {offset_noise: 0.1}", "`loss.offset_noise` has no effect beside pyramid noise"),
+        (
+            "stage_b",
+            "loss: {pyramid_noise: false, pyramid_share: 0.5}",
+            "`loss.pyramid_share` has no effect without pyramid noise",
+        ),
+        ("lora", "loss: {pyramid_share: 0.5}", "`loss.pyramid_share` has no effect on the target lora"),
         ("lora", "optimizer: {name: adafactor, beta1: 0.8}", "`optimizer.beta1` has no effect on adafactor"),
         ("lora", "samples: {steps: 9}", "`samples.steps` has no effect since `samples.every` is 0"),
         ("lora", "samples: {every: 9}", "`samples.prompts` is empty"),

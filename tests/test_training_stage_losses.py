@@ -244,6 +244,23 @@ def test_stage_b_sees_noised_and_dropped_latents(tmp_path):
     assert 0.2 < noise.max() < 0.3
 
 
+def test_a_share_of_stage_b_sees_white_noise(tmp_path):
+    def coarse(**loss) -> torch.Tensor:
+        """Variance of each sample's noise once it is averaged over 16 x 16 cells."""
+        settings = run_settings(tmp_path, "stage_b", SMALL_B, loss=Loss(rescale=1.0, **loss))
+        noise = build(settings, Parts()).noise((4, 64, 64), Draws(0, 0, range(200)))
+        assert noise.std().item() == pytest.approx(1.0, abs=0.05)
+        return F.avg_pool2d(noise, 16).flatten(1).var(dim=1)
+
+    white, all_pyramid, some = coarse(pyramid_noise=False), coarse(), coarse(pyramid_share=0.3)
+    limit = 0.02  # white noise has 1/256
+    assert white.max() < limit < all_pyramid.min()
+    assert (some > limit).float().mean().item() == pytest.approx(0.3, abs=0.1)
+    # Samples without pyramid noise take the offset, like those of a run that has none.
+    shifted = coarse(pyramid_share=0.3, offset_noise=0.3)
+    assert shifted.quantile(0.1) > white.max()
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     torch.manual_seed(0)
     plain = StageC(**SMALL_C)

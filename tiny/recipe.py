@@ -11,7 +11,7 @@ TRAIN = ("host.cli", "train")
 # The finished file of each part, in the folder of a whole recipe.
 PARTS = {
     "stage_c": "stage_c_pictures/stage_c.safetensors",
-    "stage_b": "stage_b_deeper/stage_b.safetensors",
+    "stage_b": "stage_b_outlines/stage_b.safetensors",
     "stage_a": "stage_a/stage_a.safetensors",
     "text_encoder": "text_encoder/text_encoder.safetensors",
     "image_encoder": "image_encoder/image_encoder.safetensors",
@@ -59,10 +59,11 @@ RECIPE = {
     "latent_encoder_with_stage_b": trained("latent_encoder_with_stage_b", "stage_b"),
     "image_encoder": trained("image_encoder", "text_encoder", "data_scenes"),
     "stage_b_deeper": trained("stage_b_deeper", "latent_encoder_with_stage_b"),
+    "stage_b_outlines": trained("stage_b_outlines", "stage_b_deeper"),
     "stage_c": trained("stage_c", "latent_encoder_with_stage_b"),
     "stage_c_pictures": trained("stage_c_pictures", "stage_c", "image_encoder"),
     "weights": Step(
-        ("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_deeper")
+        ("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_outlines")
     ),
     "data_control": dataset("control", 8_000),
     "data_look": dataset("look", 2_000),

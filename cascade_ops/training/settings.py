@@ -128,7 +128,8 @@ class Loss:
 
     weight: one of LOSS_WEIGHTS. buckets, interpolate: of the adaptive weight; small batches want 24 and true. shift:
     of the schedule that noise levels are drawn from. offset_noise: share of noise that is one value per channel.
-    pyramid_noise: Stage B's coarse noise. condition_noise: largest noise on Stage B's Stage C latents.
+    pyramid_noise: Stage B's coarse noise; pyramid_share: of the samples that get it, the others see white noise.
+    condition_noise: largest noise on Stage B's Stage C latents.
     latent_dropout: share of samples whose Stage C latent Stage B sees as zeros. rescale: Stage B sees Stage C latents
     made smaller by a random factor down to this, and back.
     """
@@ -142,6 +143,7 @@ class Loss:
     condition_noise: float = 0.0
     latent_dropout: float = 0.1
     rescale: float = 0.5
+    pyramid_share: float = 1.0
 
 
 @dataclass(frozen=True)

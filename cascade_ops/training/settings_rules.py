@@ -83,6 +83,7 @@ RANGES: dict[str, Range] = {
     "loss.condition_noise": _SHARE,
     "loss.latent_dropout": _SHARE,
     "loss.rescale": _PART,
+    "loss.pyramid_share": _PART,
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,
     "lcm.steps": _COUNT,
@@ -134,6 +135,7 @@ HAS_EFFECT: dict[str, tuple[str, ...]] = {
     "loss.condition_noise": _WITH_STAGE_B,
     "loss.latent_dropout": _WITH_STAGE_B,
     "loss.rescale": ("stage_b",),
+    "loss.pyramid_share": _WITH_STAGE_B,
     "lora": ("lora", "lcm"),
     "lcm": ("lcm",),
     "tokens": ("lora", "textual_inversion"),
@@ -239,8 +241,15 @@ def _contradictions(settings: Settings, written: Set[str]) -> list[str]:
         f"`{bucketed}` is of the adaptive weight and has no effect on {settings.loss.weight}: remove it.",
     )
     wrong(
-        target == "stage_b" and bool(settings.loss.offset_noise) and settings.loss.pyramid_noise,
+        target == "stage_b"
+        and bool(settings.loss.offset_noise)
+        and settings.loss.pyramid_noise
+        and settings.loss.pyramid_share == 1,
         "`loss.offset_noise` has no effect beside pyramid noise: remove it, or set `loss.pyramid_noise` to false.",
+    )
+    wrong(
+        bool(has("loss.pyramid_share")) and not settings.loss.pyramid_noise,
+        "`loss.pyramid_share` has no effect without pyramid noise: remove it, or set `loss.pyramid_noise` to true.",
     )
     betas = has("optimizer.beta1", "optimizer.beta2")
     wrong(

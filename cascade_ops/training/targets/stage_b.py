@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,17 +73,28 @@ class StageBObjective(Objective):
             latent = latent + (level * draws.normal(*latent.shape[1:])).to(latent.device)
         return replaced(latent, draws.chosen(loss.latent_dropout), torch.zeros(1, 1, 1, 1))
 
+    def noise(self, shape: Sequence[int], draws: Draws) -> Tensor:
+        """Unit noise ``[B, C, H, W]`` for latents of ``shape`` ``(C, H, W)``.
+
+        Pyramid noise teaches a model not to read a picture's colours out of the noise, but sampling starts from white
+        noise: with a `loss.pyramid_share` below 1 some samples see that.
+        """
+        loss = self.settings.loss
+        if not loss.pyramid_noise:
+            return offset_noise(shape, draws, loss.offset_noise)
+        noise = pyramid_noise(shape, draws)
+        if loss.pyramid_share == 1:
+            return noise
+        white = offset_noise(shape, draws, loss.offset_noise)
+        return torch.where(draws.chosen(loss.pyramid_share, 1, 1, 1), noise, white)
+
     def forward(self, batch: Batch, draws: Draws) -> StepResult:
-        loss, latent = self.settings.loss, batch["stage_a_latent"].float()
+        latent = batch["stage_a_latent"].float()
         condition = self.condition(batch, draws)
         pooled = replaced(
             batch["text_pooled"].float(), draws.chosen(self.settings.data.caption_dropout), self.empty_pooled
         )
-        shape = latent.shape[1:]
-        if loss.pyramid_noise:
-            noise = pyramid_noise(shape, draws)
-        else:
-            noise = offset_noise(shape, draws, loss.offset_noise)
+        noise = self.noise(latent.shape[1:], draws)
         return self.loss(
             lambda x, r: self.module(x, r, condition, pooled), latent, noise, draws, batch.get("loss_weight")
         )
