@@ -2,9 +2,9 @@
 
     python -m stable_cascade_nodes.benchmarks.passes [--repeats 9]
 
-Matrix products of the published lite models' layers in float32, by PyTorch's own product and by oneDNN's convolution of
-one position (`models.dense`), in billions of operations a second; and passes over the hidden layer of Stage B's
-outermost level into new memory and over itself (`models.in_place`), in milliseconds. Fastest of the repeats.
+Matrix products of the published models' layers in float32, by PyTorch's own product, by oneDNN's convolution of one
+position, and as `models.dense` does them, in billions of operations a second; and passes over the hidden layer of Stage
+B's outermost level into new memory and over itself (`models.in_place`), in milliseconds. Fastest of the repeats.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cascade_ops.models.dense import dense
 from .floors import fastest
 
 # Positions, channels in and out.
@@ -22,6 +23,8 @@ _PRODUCTS = {
     "Stage C lite, MLP, guided": (1152, 1536, 6144),
     "Stage C lite, MLP back": (1152, 6144, 1536),
     "Stage C lite, attention": (1152, 1536, 1536),
+    "Stage C 3.6B, MLP, guided": (1152, 2048, 8192),
+    "Stage C 3.6B, MLP back": (1152, 8192, 2048),
     "Stage B lite, level 1, MLP": (16384, 320, 1280),
     "Stage B lite, level 1, MLP back": (16384, 1280, 320),
     "Stage B lite, level 2, MLP": (4096, 576, 2304),
@@ -33,15 +36,16 @@ _CPU = torch.device("cpu")
 
 
 def _products(repeats: int) -> None:
-    print("| layer | positions | in, out | matrix product, G/s | by convolution, G/s | ratio |")
-    print("|---|---|---|---|---|---|")
+    print("| layer | positions | in, out | matrix product, G/s | by convolution, G/s | as done here, G/s | ratio |")
+    print("|---|---|---|---|---|---|---|")
     for name, (positions, width, out) in _PRODUCTS.items():
         x, weight, bias = torch.randn(positions, width), torch.randn(out, width), torch.randn(out)
         row = x.view(1, 1, positions, width).permute(0, 3, 1, 2)
         plain = fastest(lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias), _CPU, repeats)
         other = fastest(lambda row=row, w=weight[:, :, None, None], bias=bias: F.conv2d(row, w, bias), _CPU, repeats)
+        ours = fastest(lambda x=x, weight=weight, bias=bias: dense(x, weight, bias), _CPU, repeats)
         operations = 2e-9 * positions * width * out
-        rates = f"{operations / plain:.0f} | {operations / other:.0f} | {plain / other:.2f}"
+        rates = f"{operations / plain:.0f} | {operations / other:.0f} | {operations / ours:.0f} | {plain / ours:.2f}"
         print(f"| {name} | {positions} | {width}, {out} | {rates} |", flush=True)
 
 

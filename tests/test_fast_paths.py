@@ -81,6 +81,38 @@ def test_matrix_product_by_convolution(two_threads, monkeypatch, shape, bias):
     assert bool(convolutions) == torch.backends.mkldnn.is_available()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_weight_is_read_in_parts(two_threads, monkeypatch, bias):
+    monkeypatch.setattr(dense, "_ONE_DNN", True)
+    monkeypatch.setattr(dense, "_WEIGHT_AT_ONCE", 1000)
+    convolutions = calls_of(monkeypatch, F, "conv2d")
+    layer = filled(nn.Linear(5, 150, bias=bias))  # 3000 bytes
+    x = torch.randn(2, 2100, 5, generator=torch.Generator().manual_seed(1))
+    expected, memory = F.linear(x, layer.weight, layer.bias), torch.full((2, 2100, 150), torch.nan)
+    with torch.no_grad():
+        assert_near(dense.linear(layer, x), expected, 1e-6)
+        assert [len(call[1]) for call in convolutions] == [64, 64, 22]
+        assert dense.linear(layer, x, lambda: memory) is memory
+    assert_near(memory, expected, 1e-6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_block_whose_weights_are_read_in_parts(two_threads, monkeypatch, batch):
+    monkeypatch.setattr(dense, "_ONE_DNN", True)
+    monkeypatch.setattr(dense, "_WEIGHT_AT_ONCE", 3000)
+    block = filled(FeedForwardBlock(24))  # 9216 bytes in either matrix
+    x = torch.randn(batch, 60, 60, 24, generator=torch.Generator().manual_seed(2))
+    plain, workspace = block(x.clone()), in_place.Workspace()
+    given = x.clone()
+    with torch.no_grad():
+        taken = calls_of(monkeypatch, workspace, "take")
+        assert block(given, workspace) is given
+    assert_near(given, plain)
+    assert [call[:2] for call in taken] == [(batch * 3600, 96)]
+
+
 @pytest.mark.parametrize("case", ["few numbers", "one thread", "autograd", "bfloat16", "no oneDNN"])
 def test_plain_matrix_product_where_the_other_does_not_pay(two_threads, monkeypatch, case):
     monkeypatch.setattr(dense, "_ONE_DNN", case != "no oneDNN")

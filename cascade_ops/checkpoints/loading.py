@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Convert = Callable[[nn.Module], Callable[[str, Tensor], Tensor]]
 
 _UNINITIALISED = (torch.empty, torch.rand, torch.randn)
+_THREADS = 4
 
 
 class ParametersWithoutMemory(TorchFunctionMode):
@@ -182,12 +184,20 @@ def _read(
     converted: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """All tensors under their names; those in `small` as 8-bit values, with their scales beside them."""
-    with TensorReader() as reader:
-        tensors: dict[str, Tensor] = {}
-        for name, recipe in info.recipes.items():
-            if small and name in small:
-                tensors |= read_in_eight_bits(reader, info, name, small[name], device)
-                continue
-            tensor = reader.read(recipe, None if converted else dtype, device)
-            tensors[name] = converted(name, tensor) if converted and tensor.is_floating_point() else tensor
-        return tensors
+
+    def one(name: str) -> dict[str, Tensor]:
+        if small and name in small:
+            return read_in_eight_bits(reader, info, name, small[name], device)
+        tensor = reader.read(info.recipes[name], None if converted else dtype, device)
+        return {name: converted(name, tensor) if converted and tensor.is_floating_point() else tensor}
+
+    tensors: dict[str, Tensor] = {}
+    # New memory and a copy out of the system's cache are work for more than one core.
+    with TensorReader() as reader, ThreadPoolExecutor(_THREADS) as threads:
+        waiting = [threads.submit(one, name) for name in info.recipes]
+        try:
+            for future in waiting:
+                tensors |= future.result()
+        finally:
+            threads.shutdown(cancel_futures=True)  # after an error or an interruption nothing more is begun
+    return tensors

@@ -7,6 +7,7 @@ replaced on Windows and crashes the process when it is truncated).
 
 from __future__ import annotations
 
+import threading
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +29,13 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class TensorReader:
-    """Open files on first use and close them all at the end of a ``with`` block."""
+    """Open files on first use and close them all at the end of a ``with`` block.
+
+    Several threads may read at once: each has files, and with them places to read at, of its own.
+    """
 
     def __init__(self) -> None:
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[tuple[int, Path], BinaryIO] = {}
 
     def __enter__(self) -> TensorReader:
         return self
@@ -65,9 +69,10 @@ class TensorReader:
         return tensor.t().contiguous() if recipe.transpose else tensor
 
     def _fill(self, piece: Entry, buffer: memoryview) -> None:
-        file = self._files.get(piece.file)
+        key = threading.get_ident(), piece.file
+        file = self._files.get(key)
         if file is None:
-            file = self._files[piece.file] = piece.file.open("rb", buffering=0)
+            file = self._files[key] = piece.file.open("rb", buffering=0)
         file.seek(piece.start)
         done = 0
         while done < len(buffer):

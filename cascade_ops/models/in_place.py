@@ -73,7 +73,11 @@ def add_mlp(x: Tensor, mixed: Callable[..., Tensor], mlp: nn.Sequential, workspa
     called = not norm.is_plain or at_hand(first) is None or at_hand(last) is None
     small = x.shape[0] * height * width * hidden_bytes <= _KEPT or height * width <= _FEWEST_POSITIONS
     if called or small or x.device.type != "cpu":
-        hidden = activated(linear(first, mixed()))
+
+        def memory() -> Tensor:
+            return workspace.take(x.shape[0] * height * width, last.in_features, x).view(*x.shape[:-1], -1)
+
+        hidden = activated(linear(first, mixed(), memory))
         if not norm.is_plain:
             return x.add_(linear(last, norm(hidden)))
         scale = norm.scale(_response(hidden))
