@@ -15,7 +15,7 @@ _FEWEST_NUMBERS = 20_481
 # oneDNN puts the weight in order at every call, which fewer rows than these do not repay.
 _FEWEST_ROWS = 128
 # Bytes of a weight that is put in order and read at once; larger ones leave the caches in between.
-_WEIGHT_AT_ONCE = 20 << 20
+_WEIGHT_AT_ONCE = 24 << 20
 # Outputs that oneDNN computes together.
 _FULL_VECTORS = 64
 
