@@ -62,6 +62,4 @@ def test_the_picture_is_the_embedded_hosts(found, base, tmp_path, name):
     for pair in zip(ours, theirs, strict=True):
         first, second = (np.asarray(Image.open(path)).astype(int) for path in pair)
         assert first.shape == second.shape and first.std() > 5
-        # The last bits of a training's losses move a drawn curve by less than a pixel, which shows at its edges.
-        drawn = pair[0].name.startswith("cascade_loss")
-        assert (abs(first - second) > 1).mean() <= (0.001 if drawn else 0)
+        assert abs(first - second).max() <= 1
