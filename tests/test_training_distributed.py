@@ -11,6 +11,7 @@ import torch
 from training_kit import trainer
 
 from stable_cascade_nodes.cascade_ops.training import checkpoint
+from stable_cascade_nodes.cascade_ops.training.accelerated import Accelerated
 
 # FSDP2 through Accelerate wants an accelerator device, so its sharding is applied by hand here: the same call that
 # Accelerate makes, over the CPU.
@@ -69,7 +70,9 @@ def launch(folder: Path, kind: str, stop: int = 0, **changes) -> str:
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    # No word about a CPU: `torchrun` and the trainer have to find out by themselves.
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
@@ -103,3 +106,12 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path, single):
     assert rest.step == 6
     rest.run()
     assert rest.losses == pytest.approx(single.losses, rel=1e-4)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    class Alone:
+        device, process_index, num_processes = torch.device("cpu"), 0, 1
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RuntimeError, match="started 3 processes and Accelerate joined 1, expected all of them"):
+        Accelerated(accelerator=Alone())

@@ -6,6 +6,8 @@ Kinds:
 
 * ``scenes``: what the family learns from. ``metadata.jsonl`` has captions with random wording (a list), class maps of
   shape and colour, and attributes.
+* ``patterned``: the same, on striped and graded backgrounds alone, two of three with two objects. Among the scenes such
+  pictures are 6 in 100, too few to learn how an object looks before a pattern.
 * ``captions``: for the text encoder; the attributes are those that each caption names. The pictures are tiny.
 * ``control``: for ControlNets and the IP-Adapter; captions leave out now this and now that, down to the background
   alone. ``faces.jsonl`` says what each object is and where, for the identity ControlNet.
@@ -53,13 +55,28 @@ class Drawn:
     faces: dict | None = None
 
 
+# The random numbers of each use; a number once given stays, so that a picture does too.
+_STREAMS = {"scenes": 0, "captions": 1, "control": 2, "look": 3, "examples": 4, "patterned": 5}
+
+
 def _generator(kind: str, seed: int, index: int) -> np.random.Generator:
-    return np.random.default_rng([seed, list(KINDS).index(kind), index])
+    return np.random.default_rng([seed, _STREAMS[kind], index])
 
 
 def draw_scene(seed: int, index: int) -> Drawn:
     rng = _generator("scenes", seed, index)
-    scene = random_scene(rng)
+    return _described(random_scene(rng), rng)
+
+
+def draw_patterned(seed: int, index: int) -> Drawn:
+    rng = _generator("patterned", seed, index)
+    objects = 2 if index % 3 else 1
+    while (scene := random_scene(rng, objects=objects)).pattern == "plain":
+        pass
+    return _described(scene, rng)
+
+
+def _described(scene: Scene, rng: np.random.Generator) -> Drawn:
     captions = [describe(scene, rng).text for _ in range(CAPTIONS_PER_SCENE)]
     row = {"captions": captions, "attributes": picture_attributes(scene)}
     return Drawn(render(scene, IMAGE_SIZE), row, class_maps(scene))
@@ -96,12 +113,13 @@ KINDS: dict[str, Callable[[int, int], Drawn]] = {
     "captions": draw_caption,
     "control": draw_control,
     "look": draw_look,
+    "patterned": draw_patterned,
 }
 
 
 def training_scene(seed: int, index: int, split: str = "train") -> Scene:
     """A scene of a split, from its seed and number alone."""
-    return random_scene(np.random.default_rng([seed, len(KINDS), index]), split)
+    return random_scene(_generator("examples", seed, index), split)
 
 
 def write_dataset(kind: str, folder: Path, count: int, *, seed: int = 0, jobs: int = 2) -> Path:

@@ -23,19 +23,34 @@ class Accelerated:
     """`launch.Launch` on an `Accelerator`.
 
     precision: ``float32`` or ``bfloat16`` for autocast. accelerator: one that is set up already.
+
+    Raises:
+        RuntimeError: a launcher started several processes, but they do not find each other.
     """
 
     def __init__(self, precision: str = "float32", accelerator: Accelerator | None = None):
         if accelerator is None:
             from accelerate import Accelerator
 
-            accelerator = Accelerator(mixed_precision="bf16" if precision == "bfloat16" else "no")
+            # Where a launcher other than its own starts processes without a device, Accelerate has to be told that
+            # they belong together; else each would train by itself, and write over the files of the others.
+            devices = getattr(torch, "accelerator", torch.cuda)  # PyTorch before 2.6 has no `torch.accelerator`
+            accelerator = Accelerator(
+                mixed_precision="bf16" if precision == "bfloat16" else "no",
+                cpu=launched() and not devices.is_available(),
+            )
         self.accelerator = accelerator
         self.device, self.index, self.processes = (
             accelerator.device,
             accelerator.process_index,
             accelerator.num_processes,
         )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.processes != started:
+            raise RuntimeError(
+                f"The launcher started {started} processes and Accelerate joined {self.processes}, expected all of "
+                "them: start them with accelerate launch, and with its flag --cpu where there is no GPU."
+            )
 
     def prepare(
         self, objective: Objective, optimizer: torch.optim.Optimizer
