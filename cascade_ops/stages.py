@@ -3,8 +3,8 @@
     encode_text -> empty_latent -> sample_stage_c -> sample_stage_b -> decode_stage_a
 
 Each function takes a loaded stage (`handles.StageHandle`) and changes nothing that it is given. It runs where the
-stage's weights are and returns its result in main memory. 0 stands for the model's own value, which comes from the
-file's metadata or from the known release.
+stage's weights are and returns its result in main memory. 0 and ``auto`` stand for the model's own value, which comes
+from the file's metadata or from the known release.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 Callback = Callable[[StepInfo], None]
 
+# In place of a sampler's name: the one that the model's file names.
+AUTO_SAMPLER = "auto"
+
 # A live preview of Stage B decodes at most this many latent cells a side: a picture of 256 pixels.
 PREVIEW_CELLS = 64
 
@@ -45,8 +48,9 @@ class SamplingSettings:
     """How to sample. Times run from 1 (noise) to 0 (picture).
 
     steps: model calls. guidance, shift: 0 is the model's own; a guidance of 1 is off. sampler: a name of
-    `diffusion.SAMPLERS`. start, end: the part of the schedule to run; a start below 1 begins from the latent that is
-    given. guidance_end: guidance at t = 0, with a straight line from `guidance` at t = 1; 0 keeps it constant.
+    `diffusion.SAMPLERS`, or ``auto`` for the model's own, which is ddpm where its file says nothing. start, end: the
+    part of the schedule to run; a start below 1 begins from the latent that is given. guidance_end: guidance at t = 0,
+    with a straight line from `guidance` at t = 1; 0 keeps it constant.
     guidance_from, guidance_until: guidance acts between these times. rescale, rescale_over: see `Guidance`.
     start_noise: for a start below 1, noise to the level that the model is told (``matched``) or, as the release's
     notebook does, to that of the schedule without its shift (``reference``).
@@ -57,7 +61,7 @@ class SamplingSettings:
     steps: int = 20
     guidance: float = 0.0
     shift: float = 0.0
-    sampler: str = "ddpm"
+    sampler: str = AUTO_SAMPLER
     start: float = 1.0
     end: float = 0.0
     guidance_end: float = 0.0
@@ -70,9 +74,12 @@ class SamplingSettings:
     window_overlap: int = 0
 
     def for_model(self, handle: StageHandle) -> SamplingSettings:
-        """These settings with the model's own guidance and shift in place of 0."""
+        """These settings with the model's own guidance, shift and sampler in place of 0 and ``auto``."""
         own = handle.info.defaults
-        return replace(self, guidance=self.guidance or own["guidance"], shift=self.shift or own["shift"])
+        sampler = own.get("sampler", "ddpm") if self.sampler == AUTO_SAMPLER else self.sampler
+        return replace(
+            self, guidance=self.guidance or own["guidance"], shift=self.shift or own["shift"], sampler=sampler
+        )
 
     def describe(self) -> str:
         """In words, for the node that used them."""

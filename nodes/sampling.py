@@ -22,6 +22,7 @@ CATEGORY = "cascade/sampling"
 
 def _required_settings(steps: int, own_guidance: str, seed: str) -> dict[str, tuple]:
     from ..cascade_ops.diffusion import SAMPLERS
+    from ..cascade_ops.stages import AUTO_SAMPLER
 
     return {
         "seed": (
@@ -58,11 +59,12 @@ def _required_settings(steps: int, own_guidance: str, seed: str) -> dict[str, tu
             },
         ),
         "sampler": (
-            list(SAMPLERS),
+            [*SAMPLERS, AUTO_SAMPLER],
             {
-                "default": "ddpm",
-                "tooltip": "How noise is removed. ddpm is what the release uses; ddim and euler add no noise on the "
-                "way; dpmpp_2m does with half the steps; lcm needs weights made for it.",
+                "default": AUTO_SAMPLER,
+                "tooltip": "How noise is removed. auto takes the one that the model's file names, ddpm where it names "
+                "none. ddpm is what the release uses; ddim and euler add no noise on the way; dpmpp_2m does with half "
+                "the steps; lcm keeps forms and loses texture where weights were not made for it.",
             },
         ),
     }

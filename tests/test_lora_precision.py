@@ -14,6 +14,7 @@ from stable_cascade_nodes.cascade_ops.adapters.lora import LoRA, LoRAWeights, ap
 from stable_cascade_nodes.cascade_ops.adapters.rounding import rounded
 from stable_cascade_nodes.cascade_ops.checkpoints.saving import save
 from stable_cascade_nodes.cascade_ops.handles import load_stage
+from stable_cascade_nodes.cascade_ops.stages import SamplingSettings
 
 FUSED = ATTENTION + "in_proj_weight"
 OUT = ATTENTION + "out_proj.weight"
@@ -215,7 +216,9 @@ def test_sampling_defaults_of_a_lora(tmp_path):
     assert handle.info.defaults == {"guidance": 4.0, "shift": 2.0}
     again = read_lora(write_lora(found, tmp_path / "again.safetensors"))
     assert again.defaults == found.defaults
-    for wrong in ({"speed": 1.0}, {"guidance": "high"}, {"guidance": 0.0}):
+    own = read_lora(write_lora(lora, tmp_path / "own.safetensors", defaults={"sampler": "lcm"}))
+    assert SamplingSettings().for_model(apply_lora(handle, own)[0]).sampler == "lcm"
+    for wrong in ({"speed": 1.0}, {"guidance": "high"}, {"guidance": 0.0}, {"sampler": "fast"}, {"sampler": 2.0}):
         with pytest.raises(ValueError, match="expected positive numbers for some of width, height, guidance"):
             write_lora(lora, tmp_path / "b.safetensors", defaults=wrong)
     assert not (tmp_path / "b.safetensors").exists()

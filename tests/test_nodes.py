@@ -126,7 +126,7 @@ def test_every_input_is_taken_by_the_function():
 
 def test_lists_of_the_library_are_offered_whole():
     for name in ("CascadeSampleStageC", "CascadeSampleStageB"):
-        assert NODE_CLASS_MAPPINGS[name].INPUT_TYPES()["required"]["sampler"][0] == list(SAMPLERS)
+        assert NODE_CLASS_MAPPINGS[name].INPUT_TYPES()["required"]["sampler"][0] == [*SAMPLERS, "auto"]
     assert loaders._DTYPE[0] == list(DTYPES)
 
 

@@ -45,10 +45,16 @@ def prior(handles, texts):
 
 @pytest.fixture
 def run_b(handles, texts, prior):
-    def run(latent=prior, positive=texts.red, negative=texts.empty, seed=1, start_latent=None, **settings):
+    def run(latent=prior, positive=texts.red, negative=texts.empty, seed=1, start_latent=None, handle=None, **settings):
         chosen = replace(STEPS, **settings)
         return stages.sample_stage_b(
-            handles["stage_b"], latent, positive, negative, seed=seed, settings=chosen, start_latent=start_latent
+            handle or handles["stage_b"],
+            latent,
+            positive,
+            negative,
+            seed=seed,
+            settings=chosen,
+            start_latent=start_latent,
         )
 
     return run
@@ -128,7 +134,21 @@ def test_zero_is_the_models_own_guidance_and_shift(run_c, run_b):
     assert torch.equal(run_b().samples, run_b(guidance=1.2, shift=1.0).samples)
     assert SamplingSettings().for_model(
         SimpleNamespace(info=SimpleNamespace(defaults={"guidance": 4, "shift": 2}))
-    ) == (SamplingSettings(guidance=4, shift=2))
+    ) == (SamplingSettings(guidance=4, shift=2, sampler="ddpm"))
+
+
+def test_auto_is_the_models_own_sampler(handles, run_b):
+    def named(sampler):
+        handle = handles["stage_b"]
+        return replace(handle, info=replace(handle.info, defaults={**handle.info.defaults, "sampler": sampler}))
+
+    own = run_b(handle=named("lcm")).samples
+    assert torch.equal(own, run_b(sampler="lcm").samples)
+    assert not torch.equal(own, run_b().samples)
+    assert torch.equal(run_b(handle=named("lcm"), sampler="ddpm").samples, run_b().samples)
+    assert "steps of lcm" in SamplingSettings().for_model(named("lcm")).describe()
+    with pytest.raises(ValueError, match="There is no sampler 'heun'"):
+        run_b(handle=named("heun"))
 
 
 def test_release_values_where_the_file_has_none(tmp_path, small_family):

@@ -93,6 +93,22 @@ def test_scenes_are_written_with_captions_maps_and_attributes(tmp_path):
     assert len({row["captions"][0] for row in rows}) == 6
 
 
+def test_patterned_scenes_have_a_pattern_and_mostly_two_objects(tmp_path):
+    rows = written(tmp_path, "patterned")
+    names = [said(row["attributes"]) for row in rows]
+    assert {n["pattern"] for n in names} <= {"striped", "graded"}
+    assert all(n["second"] in COLOURS for n in names)
+    assert [n["other shape"] == "none" for n in names] == [True, False, False, True, False, False]
+    assert all((tmp_path / row["maps"]).exists() and len(row["captions"]) == 3 for row in rows)
+
+
+def test_a_picture_does_not_depend_on_the_kinds_there_are(monkeypatch):
+    before = [dataset.training_scene(0, 5), dataset.draw_look(0, 5).row, dataset.draw_patterned(0, 5).row]
+    monkeypatch.setattr(dataset, "KINDS", {"other": None, **dataset.KINDS})
+    after = [dataset.training_scene(0, 5), dataset.draw_look(0, 5).row, dataset.draw_patterned(0, 5).row]
+    assert after == before
+
+
 def test_the_trainers_own_reader_finds_all_of_it(tmp_path):
     written(tmp_path, "scenes", 4)
     found = read_folder(tmp_path, "scenes")

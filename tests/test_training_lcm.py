@@ -167,7 +167,7 @@ def test_from_an_earlier_level_the_goal_is_what_the_lora_says_at_the_next(distil
 
 def test_the_file_says_how_it_is_to_be_sampled(distilled, handles):
     lora = read_lora(distilled.path)
-    assert lora.defaults == {"guidance": 1.0, "steps": STEPS, "shift": SHIFT}
+    assert lora.defaults == {"guidance": 1.0, "steps": STEPS, "shift": SHIFT, "sampler": "lcm"}
     assert lora.config["distilled"] == {"steps": STEPS, "guidance": GUIDANCE}
     changed, report = apply_lora(handles["stage_c"], lora)
     assert not report.unmatched and changed.info.defaults["guidance"] == 1

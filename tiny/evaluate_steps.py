@@ -45,7 +45,7 @@ STAGE_C = (
 )
 # With a LoRA for few steps.
 WITH_LORA = (("lcm", 8, False), ("lcm", 4, False), ("lcm", 4, True), ("lcm", 2, False))
-STAGE_B = (("ddpm", 10), ("ddpm", 5), ("ddpm", 3), ("dpmpp_2m", 5), ("dpmpp_2m", 3))
+STAGE_B = (("lcm", 10), ("lcm", 5), ("lcm", 3), ("ddpm", 10), ("ddpm", 5), ("ddpm", 3), ("dpmpp_2m", 5))
 
 
 @torch.inference_mode()

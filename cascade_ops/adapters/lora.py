@@ -13,6 +13,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from ..checkpoints.releases import SAMPLING_DEFAULTS
+from ..diffusion.samplers import SAMPLERS
 from ..handles import StageHandle
 from . import merging
 from .changes import WeightChange, scale_fits
@@ -74,11 +75,11 @@ class LoRA:
     weights: changes by the published name of the weight; attention's fused `in_proj_weight` or its thirds, see
     `names`. tokens: learned with it. config: what training said: rank, alpha, modules, base; empty where the file does
     not say. name: the file as the user knows it. unread: tensors of the file that nothing here understands. defaults:
-    sampling values of Stage C (``guidance``, ``shift``, ...) that take the place of the model's own where the LoRA is
-    applied.
+    sampling values of Stage C (``guidance``, ``shift``, ``sampler``, ...) that take the place of the model's own where
+    the LoRA is applied.
 
     Raises:
-        ValueError: `defaults` that are no numbers or that no sampler knows.
+        ValueError: `defaults` of unknown names, numbers that are none, or a sampler that there is not.
     """
 
     weights: Mapping[str, WeightChange]
@@ -86,15 +87,18 @@ class LoRA:
     config: Mapping = field(default_factory=dict)
     name: str = ""
     unread: tuple[str, ...] = ()
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.defaults) - set(SAMPLING_DEFAULTS["stage_c"]))
-        if unknown or not all(type(value) in (int, float) and value > 0 for value in self.defaults.values()):
+        numbers = {name: value for name, value in self.defaults.items() if name != "sampler"}
+        unknown = sorted(set(numbers) - set(SAMPLING_DEFAULTS["stage_c"]))
+        right = all(type(value) in (int, float) and value > 0 for value in numbers.values())
+        if unknown or not right or self.defaults.get("sampler", "ddpm") not in SAMPLERS:
             known = ", ".join(SAMPLING_DEFAULTS["stage_c"])
             raise ValueError(
                 f"{self.name or 'The LoRA'} brings the sampling defaults {dict(self.defaults)}, expected positive "
-                f"numbers for some of {known}: correct 'cascade.defaults' in its metadata."
+                f"numbers for some of {known}, or a sampler of {', '.join(SAMPLERS)}: correct 'cascade.defaults' in "
+                "its metadata."
             )
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))

@@ -48,7 +48,7 @@ class FileInfo:
         unknown: constructor arguments that neither shapes, metadata nor a known release give;
             such a file is not loaded.
         leftover: names of tensors beside the models that belong to none; such a file is not loaded.
-        defaults: sampling defaults: width, height (pixels), guidance, steps, shift; empty where none apply.
+        defaults: sampling defaults: width, height (pixels), guidance, steps, shift, sampler; empty where none apply.
         components: the parts of a combined checkpoint.
         control: of a ControlNet its ``kind`` (``canny``, ``inpainting``, ``super_resolution``, ``identity``) where
             metadata or shapes tell it, and the size of the Stage C that it was trained with as ``base``.

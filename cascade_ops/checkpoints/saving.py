@@ -41,7 +41,7 @@ def save(
         model: a module of ``cascade_ops.models``, or its state dict under the published names.
         stage: such as ``stage_c``; checked against the tensor names.
         config: the constructor's keyword arguments.
-        defaults: sampling defaults: ``width``, ``height``, ``guidance``, ``steps``, ``shift``.
+        defaults: sampling defaults: ``width``, ``height``, ``guidance``, ``steps``, ``shift``, ``sampler``.
         name: a short human name, such as ``tiny``.
         dtype: of float tensors; None keeps theirs. Batch norm counters and other integers stay as they are.
         metadata: more of it, such as ``cascade.control`` of a ControlNet: JSON of its kind and of the model it steers.

@@ -112,10 +112,11 @@ class LCMObjective(LoRAObjective):
         return self.module(x, noise_cond(level).to(x.device), *conditions).float()
 
     def lora(self) -> LoRA:
-        """What was learned so far. It says with which guidance, steps and shift it is to be sampled."""
+        """What was learned so far. It says with which guidance, steps, shift and sampler it is to be sampled."""
         lcm, learned = self.settings.lcm, super().lora()
         config = {**learned.config, "distilled": {"steps": lcm.steps, "guidance": self.guidance.scale}}
-        return replace(learned, config=config, defaults={"guidance": 1.0, "steps": lcm.steps, "shift": self.shift})
+        defaults = {"guidance": 1.0, "steps": lcm.steps, "shift": self.shift, "sampler": "lcm"}
+        return replace(learned, config=config, defaults=defaults)
 
     def sample(self, prompts: list[str], pictures: list[Tensor], seed: int, steps: int) -> Tensor:
         """As it is meant to be sampled; `steps` are the settings'."""
