@@ -91,9 +91,10 @@ def test_a_finished_recipe_runs_nothing(out, monkeypatch):
 
 
 def test_configurations_name_the_classes_that_the_data_has():
-    text, image = (read_settings(CONFIGS / f"{name}.yaml").encoders for name in ("text_encoder", "image_encoder"))
+    names = ("text_encoder", "image_encoder", "image_encoder_large_batches")
+    text, *images = (read_settings(CONFIGS / f"{name}.yaml").encoders for name in names)
     assert (text.attributes, text.token_attributes) == (CLASS_COUNTS, MENTIONED_COUNTS)
-    assert image.attributes == CLASS_COUNTS
+    assert all(image.attributes == CLASS_COUNTS for image in images)
     for name in ("latent_encoder", "latent_encoder_with_stage_b"):
         assert read_settings(CONFIGS / f"{name}.yaml").encoders.maps == MAP_CLASSES
 

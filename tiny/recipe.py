@@ -11,10 +11,10 @@ TRAIN = ("host.cli", "train")
 # The finished file of each part, in the folder of a whole recipe.
 PARTS = {
     "stage_c": "stage_c_pictures/stage_c.safetensors",
-    "stage_b": "stage_b_outlines/stage_b.safetensors",
+    "stage_b": "stage_b_white/stage_b.safetensors",
     "stage_a": "stage_a/stage_a.safetensors",
     "text_encoder": "text_encoder/text_encoder.safetensors",
-    "image_encoder": "image_encoder/image_encoder.safetensors",
+    "image_encoder": "image_encoder_large_batches/image_encoder.safetensors",
     "latent_encoder": "latent_encoder_with_stage_b/latent_encoder.safetensors",
     "previewer": "latent_encoder_with_stage_b/latent_encoder_previewer.safetensors",
 }
@@ -51,6 +51,7 @@ def trained(name: str, *needs: str) -> Step:
 # The longest chain (latent encoder, Stage B, both together, then Stages B and C) comes first where there is a choice.
 RECIPE = {
     "data_scenes": dataset("scenes", 40_000),
+    "data_patterned": dataset("patterned", 20_000),
     "data_captions": dataset("captions", 12_000),
     "stage_a": trained("stage_a", "data_scenes"),
     "text_encoder": trained("text_encoder", "data_captions"),
@@ -58,13 +59,14 @@ RECIPE = {
     "stage_b": trained("stage_b", "stage_a", "latent_encoder", "text_encoder"),
     "latent_encoder_with_stage_b": trained("latent_encoder_with_stage_b", "stage_b"),
     "image_encoder": trained("image_encoder", "text_encoder", "data_scenes"),
+    "image_encoder_large_batches": trained("image_encoder_large_batches", "image_encoder"),
     "stage_b_deeper": trained("stage_b_deeper", "latent_encoder_with_stage_b"),
     "stage_b_outlines": trained("stage_b_outlines", "stage_b_deeper"),
+    "stage_b_white": trained("stage_b_white", "stage_b_outlines", "data_patterned"),
     "stage_c": trained("stage_c", "latent_encoder_with_stage_b"),
-    "stage_c_pictures": trained("stage_c_pictures", "stage_c", "image_encoder"),
-    "weights": Step(
-        ("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_outlines")
-    ),
+    "stage_c_patterned": trained("stage_c_patterned", "stage_c", "data_patterned"),
+    "stage_c_pictures": trained("stage_c_pictures", "stage_c_patterned", "image_encoder_large_batches"),
+    "weights": Step(("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_white")),
     "data_control": dataset("control", 8_000),
     "data_look": dataset("look", 2_000),
     **{name: trained(name, "weights", "data_look" if name == "lora" else "data_control") for name in ADAPTERS},
