@@ -94,7 +94,7 @@ def test_the_weight_is_a_dial(family, pairs, embeddings):
         for name in ("colour", "position", "shape"):
             assert share(said, pictures, name) >= 0.75
     over = made(family, prompts, Pictures(embeddings, torch.tensor([2.0])))
-    assert share(shown, over, "colour") >= 0.7 and share(said, over, "colour") <= 0.3
+    assert share(shown, over, "colour") >= 0.6 and share(said, over, "colour") <= 0.2
 
 
 def test_a_picture_in_python_is_the_picture_of_the_family(family, pairs, embeddings):

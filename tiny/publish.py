@@ -22,7 +22,7 @@ from .family import WEIGHTS
 # What the evaluation was best with; see docs/tiny.md.
 DEFAULTS = {
     "stage_c": {"width": 256, "height": 256, "guidance": 2.0, "steps": 20, "shift": 1.0},
-    "stage_b": {"width": 256, "height": 256, "guidance": 2.0, "steps": 10, "shift": 1.5, "sampler": "lcm"},
+    "stage_b": {"width": 256, "height": 256, "guidance": 2.0, "steps": 10, "shift": 1.5},
 }
 
 

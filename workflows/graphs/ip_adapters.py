@@ -76,7 +76,7 @@ IP_ADAPTER_STYLE_AND_LAYOUT = Workflow(
             "Layout",
             (
                 _picture(8, "triangle", "Layout (or Load Image)"),
-                _read(9, 8, title="Read the layout", down_inner=0.0, up_inner=0.0, up_outer=0.0),
+                _read(9, 8, title="Read the layout", weight=0.4, down_inner=0.0, up_inner=0.0, up_outer=0.0),
             ),
             "text",
         ),
@@ -171,8 +171,8 @@ COMBINED = Workflow(
             "text",
             width=280,
         ),
-        Column("Stage C: what is seen", (sample_c(19, 10, 11, 12, stage_c=(18, 0)),), "stage_c"),
-        Column("Stage B: detail", (sample_b(20, 19, 10, 11),), "stage_b"),
+        Column("Stage C: what is seen", (sample_c(19, 10, 11, 12, stage_c=(18, 0), seed=3),), "stage_c"),
+        Column("Stage B: detail", (sample_b(20, 19, 10, 11, seed=3),), "stage_b"),
         Column("Stage A: the picture", (decode(21, 20), save(22, 21)), "stage_a", width=300),
     ),
     shots=(
