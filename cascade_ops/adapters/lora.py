@@ -92,7 +92,7 @@ class LoRA:
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in self.defaults.items() if name != "sampler"}
         unknown = sorted(set(numbers) - set(SAMPLING_DEFAULTS["stage_c"]))
-        right = all(type(value) in (int, float) and value > 0 for value in numbers.values())
+        right = all(type(v) is not bool and isinstance(v, int | float) and v > 0 for v in numbers.values())
         if unknown or not right or self.defaults.get("sampler", "ddpm") not in SAMPLERS:
             known = ", ".join(SAMPLING_DEFAULTS["stage_c"])
             raise ValueError(

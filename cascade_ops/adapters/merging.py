@@ -71,7 +71,7 @@ def unmerged(handle: StageHandle) -> StageHandle:
     return StageHandle(handle.stage, handle.plain, handle.info, handle.name, weights=handle.weights)
 
 
-def adapted(handle: StageHandle, lora: Applied, defaults: Mapping[str, float]) -> AdaptedHandle:
+def adapted(handle: StageHandle, lora: Applied, defaults: Mapping[str, float | str]) -> AdaptedHandle:
     """The handle with one more LoRA, and with `defaults` in place of some of its own sampling defaults."""
     plain, before = (handle.plain, handle.applied) if isinstance(handle, AdaptedHandle) else (handle.module, ())
     values = {field.name: getattr(handle, field.name) for field in fields(StageHandle) if field.name != "module"}

@@ -154,7 +154,7 @@ def write_lora(
     *,
     base: nn.Module | None = None,
     modules: Sequence[str] | None = None,
-    defaults: Mapping[str, float] | None = None,
+    defaults: Mapping[str, float | str] | None = None,
 ) -> Path:
     """Write a LoRA as a safetensors file, float32; it appears under its name when it is complete.
 
