@@ -11,7 +11,7 @@ from stable_cascade_nodes.tiny.checker import read_picture, score
 from stable_cascade_nodes.tiny.drawing import render
 from stable_cascade_nodes.tiny.evaluate import Family, as_pictures, measured_scenes
 
-COUNT = 8
+COUNT = 48  # of 8, one picture is more than what a bound leaves
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_the_weight_is_a_dial(family, pairs, embeddings):
         for name in ("colour", "position", "shape"):
             assert share(said, pictures, name) >= 0.75
     over = made(family, prompts, Pictures(embeddings, torch.tensor([2.0])))
-    assert share(shown, over, "colour") >= 0.6 and share(said, over, "colour") <= 0.2
+    assert share(shown, over, "colour") >= 0.7 and share(said, over, "colour") <= 0.2
 
 
 def test_a_picture_in_python_is_the_picture_of_the_family(family, pairs, embeddings):
