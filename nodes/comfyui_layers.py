@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..cascade_ops.models.controlnet import AffineNorm
 from ..cascade_ops.models.dense import at_hand, dense
-from ..cascade_ops.models.layers import Attention, GlobalResponseNorm, as_channels_last, as_image, response_norm
+from ..cascade_ops.models.layers import Attention, GlobalResponseNorm, as_channels_last, as_image
+from ..cascade_ops.models.response_norm import response_norm
 from ..cascade_ops.quantized import QuantizedAttention, QuantizedLinear
 
 # Gives the layer to put in place of the one of that name, or None to look inside it.

@@ -175,6 +175,42 @@ def test_global_response_norm_survives_float16():
     assert torch.allclose(norm(x).float(), torch.full_like(x, 4000.0).float(), rtol=1e-2)
 
 
+def formula_gradients(x, gamma, beta, along):
+    """Gradients that PyTorch derives from the paper's formula, in float64; zero where a channel is zero everywhere."""
+    x, gamma, beta = (t.detach().double().requires_grad_() for t in (x, gamma, beta))
+    response = (x.square().sum(dim=(1, 2), keepdim=True) + 1e-300).sqrt()
+    y = x + gamma * x * response / (response.mean(dim=-1, keepdim=True) + 1e-6) + beta
+    return torch.autograd.grad(y, (x, gamma, beta), along.double())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.integers(0, 999))
+def test_global_response_norm_has_the_gradients_of_its_formula(batch, height, width, channels, zero, seed):
+    generator = torch.Generator().manual_seed(seed)
+    norm = GlobalResponseNorm(channels)
+    for weight in norm.parameters():
+        torch.nn.init.normal_(weight, generator=generator)
+    x = torch.randn(batch, height, width, channels, generator=generator)
+    if zero:
+        x[0, :, :, 0] = 0
+    along = torch.randn(x.shape, generator=generator)
+    inputs = (x.requires_grad_(), norm.gamma, norm.beta)
+    gradients = torch.autograd.grad(norm(x), inputs, along)
+    for gradient, expected in zip(gradients, formula_gradients(*inputs, along), strict=True):
+        assert torch.allclose(gradient.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_global_response_norm_gives_gradients_in_the_type_of_what_they_belong_to(dtype):
+    norm = GlobalResponseNorm(8).to(dtype)
+    torch.nn.init.ones_(norm.gamma)
+    x = torch.randn(2, 4, 4, 8, dtype=dtype, requires_grad=True)
+    norm(x).float().square().mean().backward()
+    for tensor in (x, norm.gamma, norm.beta):
+        assert tensor.grad.dtype == dtype
+        assert tensor.grad.float().abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("build_it", "found"),
     [

@@ -4,7 +4,7 @@ Activations are channels-last throughout: ``[B, H, W, C]`` contiguous. Layer nor
 layout as it is, and a convolution sees it as a channels-last image through a view, so no block copies to transpose.
 
 Architecture: Pernias et al., "Würstchen: An Efficient Architecture for Large-Scale Text-to-Image Diffusion Models"
-(2023), in the form released as Stable Cascade. Global response norm: Woo et al., "ConvNeXt V2" (2023).
+(2023), in the form released as Stable Cascade.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .dense import at_hand, dense, linear
 from .in_place import Workspace, add_mlp
+from .response_norm import response_norm
 
 NORM_EPS = 1e-6
 
@@ -67,18 +68,6 @@ def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Te
     angles = r.float()[..., None] * max_positions * frequencies
     embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)
     return F.pad(embedding, (0, width % 2))
-
-
-def response_share(response: Tensor) -> Tensor:
-    """Each channel's share of the response: `response`, its norms over a picture ``[..., C]``, over their mean."""
-    return response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-
-
-def response_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """Scale each channel of ``[B, H, W, C]`` by its share of the response of the whole picture."""
-    # The sum of squares over a picture leaves float16's range long before a single activation does.
-    response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    return torch.addcmul(beta, x, 1 + gamma * response_share(response).to(x.dtype))
 
 
 class GlobalResponseNorm(nn.Module):
