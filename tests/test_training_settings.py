@@ -178,6 +178,8 @@ def test_a_wrong_value_is_refused_by_its_path(read, text, problem):
             "`loss.pyramid_share` has no effect without pyramid noise",
         ),
         ("lora", "loss: {pyramid_share: 0.5}", "`loss.pyramid_share` has no effect on the target lora"),
+        ("lora", "loss: {weight_limit: 9}", "`loss.weight_limit` has no effect without interpolated buckets"),
+        ("lora", "loss: {weight: p2, weight_limit: 9}", "`loss.weight_limit` is of the adaptive weight"),
         ("lora", "optimizer: {name: adafactor, beta1: 0.8}", "`optimizer.beta1` has no effect on adafactor"),
         ("lora", "samples: {steps: 9}", "`samples.steps` has no effect since `samples.every` is 0"),
         ("lora", "samples: {every: 9}", "`samples.prompts` is empty"),

@@ -133,6 +133,18 @@ def test_the_adaptive_weight_learns_and_is_kept():
     assert DiffusionLoss(Loss(weight="p2")).state() == {}
 
 
+@pytest.mark.parametrize(
+    ("limit", "high_noise"), [({}, 300.0), ({"weight_limit": 2e4}, 1e4), ({"weight_limit": 5}, 5.0)]
+)
+def test_the_adaptive_weight_grows_up_to_its_limit(limit, high_noise):
+    loss = DiffusionLoss(Loss(weight="adaptive", buckets=24, interpolate=True, **limit))
+    for _ in range(100):
+        loss.observe(torch.tensor([-9.3, 9.3]), torch.tensor([1e-4, 0.5]))
+        loss.observe(torch.tensor([-9.3]).repeat(8), torch.tensor([1e-4]).repeat(8))
+    torch.testing.assert_close(loss.weight(torch.tensor([-9.3])), torch.tensor([high_noise]), rtol=0.01, atol=0)
+    torch.testing.assert_close(loss.weight(torch.tensor([9.3])), torch.tensor([2.0]), rtol=0.1, atol=0)
+
+
 def stage_c_loss(**data):
     empty = TextCondition(torch.full((1, 77, TEXT), -1.0), torch.full((1, POOLED), -1.0))
     return StageCLoss(Settings("stage_c", "", data=Data(**data)), empty, IMAGE)

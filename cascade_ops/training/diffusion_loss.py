@@ -30,9 +30,10 @@ class DiffusionLoss:
         self.settings = settings
         self.adaptive: AdaptiveLossWeight | None = None
         if settings.weight == "adaptive" and settings.interpolate:
-            # Few samples a step: the average must not remember long, and an empty bucket must not run away.
+            # Few samples a step: the average must not remember long, and a bucket that few reach must not run away.
+            bounds = (1e-7, settings.weight_limit)
             self.adaptive = AdaptiveLossWeight(
-                settings.buckets, _LOG_SNR_RANGE, beta=0.97, weight_range=(1e-7, 300.0), interpolate=True
+                settings.buckets, _LOG_SNR_RANGE, beta=0.97, weight_range=bounds, interpolate=True
             )
         elif settings.weight == "adaptive":
             self.adaptive = AdaptiveLossWeight(settings.buckets)

@@ -27,7 +27,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) 
     groups = [group for group in groups if group["params"]]
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas)
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
     if settings.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=settings.learning_rate)
     if settings.name == "adamw8bit":

@@ -131,7 +131,8 @@ class Loss:
     pyramid_noise: Stage B's coarse noise; pyramid_share: of the samples that get it, the others see white noise.
     condition_noise: largest noise on Stage B's Stage C latents.
     latent_dropout: share of samples whose Stage C latent Stage B sees as zeros. rescale: Stage B sees Stage C latents
-    made smaller by a random factor down to this, and back.
+    made smaller by a random factor down to this, and back. weight_limit: largest interpolated adaptive weight; noise
+    levels whose loss is below one part in this learn less than their share.
     """
 
     weight: str = "adaptive"
@@ -144,6 +145,7 @@ class Loss:
     latent_dropout: float = 0.1
     rescale: float = 0.5
     pyramid_share: float = 1.0
+    weight_limit: float = 300.0
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ RANGES: dict[str, Range] = {
     "loss.latent_dropout": _SHARE,
     "loss.rescale": _PART,
     "loss.pyramid_share": _PART,
+    "loss.weight_limit": Range(1),
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,
     "lcm.steps": _COUNT,
@@ -235,10 +236,14 @@ def _contradictions(settings: Settings, written: Set[str]) -> list[str]:
         "`encoders.attributes` or `encoders.token_attributes` is empty, expected the number of classes of each: a text "
         "encoder learns to tell what the data's attributes say.",
     )
-    bucketed = has("loss.buckets", "loss.interpolate")
+    bucketed = has("loss.buckets", "loss.interpolate", "loss.weight_limit")
     wrong(
         bool(bucketed) and settings.loss.weight != "adaptive",
         f"`{bucketed}` is of the adaptive weight and has no effect on {settings.loss.weight}: remove it.",
+    )
+    wrong(
+        bool(has("loss.weight_limit")) and settings.loss.weight == "adaptive" and not settings.loss.interpolate,
+        "`loss.weight_limit` has no effect without interpolated buckets: remove it, or set `loss.interpolate` to true.",
     )
     wrong(
         target == "stage_b"
