@@ -139,6 +139,6 @@ def test_measured_scenes_are_no_training_scenes():
 
 
 def test_table_shows_shares_and_decibels():
-    text = table({"a": {"background": 0.5, "all": 1.0}, "b": {"psnr": 30.04}})
-    assert text.splitlines()[2] == "| a | 0.50 |  |  |  |  |  |  |  | 1.00 |  |"
+    text = table({"a": {"background": 0.5, "count": 0.915, "all": 1.0}, "b": {"psnr": 30.04}})
+    assert text.splitlines()[2] == "| a | 0.50 |  | 0.915 |  |  |  |  |  | 1.00 |  |"
     assert text.splitlines()[3].endswith("| 30.0 dB |")

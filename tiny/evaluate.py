@@ -233,10 +233,13 @@ def measure(weights: Path, count: int, samples: Path | None = None) -> dict[str,
 
 
 def cell(value: float | None, column: str) -> str:
-    """One figure of the table; empty where it was not measured."""
+    """One figure of the table; empty where it was not measured.
+
+    A third decimal is kept where there is one: of 200 pictures, 183 are less than 0.92.
+    """
     if value is None:
         return ""
-    return f"{value:.1f} dB" if column == "psnr" else f"{value:.2f}"
+    return f"{value:.1f} dB" if column == "psnr" else f"{value:.3f}".removesuffix("0")
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -11,7 +11,7 @@ TRAIN = ("host.cli", "train")
 # The finished file of each part, in the folder of a whole recipe.
 PARTS = {
     "stage_c": "stage_c_pictures/stage_c.safetensors",
-    "stage_b": "stage_b_white/stage_b.safetensors",
+    "stage_b": "stage_b_all_noise/stage_b.safetensors",
     "stage_a": "stage_a/stage_a.safetensors",
     "text_encoder": "text_encoder/text_encoder.safetensors",
     "image_encoder": "image_encoder_large_batches/image_encoder.safetensors",
@@ -63,10 +63,15 @@ RECIPE = {
     "stage_b_deeper": trained("stage_b_deeper", "latent_encoder_with_stage_b"),
     "stage_b_outlines": trained("stage_b_outlines", "stage_b_deeper"),
     "stage_b_white": trained("stage_b_white", "stage_b_outlines", "data_patterned"),
+    "stage_b_even": trained("stage_b_even", "stage_b_white"),
+    "stage_b_high_noise": trained("stage_b_high_noise", "stage_b_even"),
+    "stage_b_all_noise": trained("stage_b_all_noise", "stage_b_high_noise"),
     "stage_c": trained("stage_c", "latent_encoder_with_stage_b"),
     "stage_c_patterned": trained("stage_c_patterned", "stage_c", "data_patterned"),
     "stage_c_pictures": trained("stage_c_pictures", "stage_c_patterned", "image_encoder_large_batches"),
-    "weights": Step(("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_white")),
+    "weights": Step(
+        ("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_all_noise")
+    ),
     "data_control": dataset("control", 8_000),
     "data_look": dataset("look", 2_000),
     **{name: trained(name, "weights", "data_look" if name == "lora" else "data_control") for name in ADAPTERS},

@@ -37,7 +37,10 @@ LCM = Workflow(
         Column("Stage A: the picture", (decode(11, 10), save(_PICTURE, 11)), "stage_a", width=300),
     ),
     shots=(
-        Shot("ddpm, 20 steps", _PICTURE, {6: _OPEN, _SAMPLE: {"sampler": "ddpm", "steps": 20}}),
-        *(Shot(f"lcm, {steps} steps", _PICTURE, {6: _OPEN, _SAMPLE: {"steps": steps}}) for steps in (8, 4, 2)),
+        Shot("ddpm, 20 steps", _PICTURE, {6: _OPEN, _SAMPLE: {"sampler": "ddpm", "steps": 20, "seed": 2}}),
+        *(
+            Shot(f"lcm, {steps} steps", _PICTURE, {6: _OPEN, _SAMPLE: {"steps": steps, "seed": 2}})
+            for steps in (8, 4, 2)
+        ),
     ),
 )
