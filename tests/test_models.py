@@ -200,6 +200,17 @@ def test_global_response_norm_has_the_gradients_of_its_formula(batch, height, wi
         assert torch.allclose(gradient.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_frozen_global_response_norm_passes_the_gradient_on():
+    norm = GlobalResponseNorm(8)
+    torch.nn.init.normal_(norm.gamma)
+    x, along = torch.randn(2, 4, 4, 8, requires_grad=True), torch.randn(2, 4, 4, 8)
+    expected = formula_gradients(x, norm.gamma, norm.beta, along)[0]
+    norm.requires_grad_(False)
+    norm(x).backward(along)
+    assert torch.allclose(x.grad.double(), expected, rtol=1e-4, atol=1e-4)
+    assert norm.gamma.grad is None and norm.beta.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_global_response_norm_gives_gradients_in_the_type_of_what_they_belong_to(dtype):
     norm = GlobalResponseNorm(8).to(dtype)

@@ -47,13 +47,13 @@ class _ResponseNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         y, response = _response_norm(x, gamma, beta)
-        ctx.save_for_backward(x, gamma, beta, response)
+        ctx.save_for_backward(x, gamma, response)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, gamma, beta, response = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, response = ctx.saved_tensors
         total = response.mean(dim=-1, keepdim=True) + _EPS
         share = response / total
         along = (grad * x).sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
@@ -62,6 +62,8 @@ class _ResponseNorm(torch.autograd.Function):
         # A channel that is zero everywhere has no direction to grow in: its norm's gradient counts as zero.
         pull = torch.where(response > 0, (grad_share - spread) / (total * response), 0.0)
         grad_x = torch.addcmul(grad * (1 + gamma * share.to(x.dtype)), x, pull.to(x.dtype))
+        if not any(ctx.needs_input_grad[1:]):
+            return grad_x.to(x.dtype), None, None  # Frozen, as under a LoRA: beta's gradient would read all of `grad`.
         grad_gamma = (along * share).sum(dim=0, keepdim=True)
         grad_beta = grad.sum(dim=(0, 1, 2), keepdim=True, dtype=torch.float32)
-        return grad_x.to(x.dtype), grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)
+        return grad_x.to(x.dtype), grad_gamma.to(gamma.dtype), grad_beta.to(gamma.dtype)
