@@ -10,7 +10,7 @@ TRAIN = ("host.cli", "train")
 
 # The finished file of each part, in the folder of a whole recipe.
 PARTS = {
-    "stage_c": "stage_c_pictures/stage_c.safetensors",
+    "stage_c": "stage_c_half_patterned/stage_c.safetensors",
     "stage_b": "stage_b_all_noise/stage_b.safetensors",
     "stage_a": "stage_a/stage_a.safetensors",
     "text_encoder": "text_encoder/text_encoder.safetensors",
@@ -69,8 +69,9 @@ RECIPE = {
     "stage_c": trained("stage_c", "latent_encoder_with_stage_b"),
     "stage_c_patterned": trained("stage_c_patterned", "stage_c", "data_patterned"),
     "stage_c_pictures": trained("stage_c_pictures", "stage_c_patterned", "image_encoder_large_batches"),
+    "stage_c_half_patterned": trained("stage_c_half_patterned", "stage_c_pictures"),
     "weights": Step(
-        ("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_pictures", "stage_b_all_noise")
+        ("tiny.publish", "--out", "{out}", "--to", "{out}/weights"), ("stage_c_half_patterned", "stage_b_all_noise")
     ),
     "data_control": dataset("control", 8_000),
     "data_look": dataset("look", 2_000),

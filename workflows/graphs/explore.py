@@ -37,7 +37,7 @@ EXPLORE_THEN_FINISH = Workflow(
                 Node(
                     12,
                     "CascadeSelectLatents",
-                    {"latent": (9, 0), "indexes": "2, 9, 12"},
+                    {"latent": (9, 0), "indexes": "1, 10, 12"},
                     "Your choice",
                     said=True,
                 ),
@@ -50,6 +50,6 @@ EXPLORE_THEN_FINISH = Workflow(
     ),
     shots=(
         Shot("Explored: what Stage C made of one prompt, as small pictures", 11, batch=True),
-        Shot("Finished: 2, 9 and 12", 15, batch=True),
+        Shot("Finished: 1, 10 and 12", 15, batch=True),
     ),
 )

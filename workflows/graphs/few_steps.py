@@ -37,9 +37,9 @@ LCM = Workflow(
         Column("Stage A: the picture", (decode(11, 10), save(_PICTURE, 11)), "stage_a", width=300),
     ),
     shots=(
-        Shot("ddpm, 20 steps", _PICTURE, {6: _OPEN, _SAMPLE: {"sampler": "ddpm", "steps": 20, "seed": 2}}),
+        Shot("ddpm, 20 steps", _PICTURE, {6: _OPEN, _SAMPLE: {"sampler": "ddpm", "steps": 20, "seed": 8}}),
         *(
-            Shot(f"lcm, {steps} steps", _PICTURE, {6: _OPEN, _SAMPLE: {"steps": steps, "seed": 2}})
+            Shot(f"lcm, {steps} steps", _PICTURE, {6: _OPEN, _SAMPLE: {"steps": steps, "seed": 8}})
             for steps in (8, 4, 2)
         ),
     ),

@@ -48,7 +48,7 @@ model and teaches a background of four quarters, `[chess]`. **Change first:** pu
 it as `file` and lower its `strength` where it takes over; for another LoRA put a second *load LoRA* behind this one.
 
 """,
-    "a large red circle on the left on a [chess] background",
+    "a large white circle on the left on a [chess] background",
     tuple(Shot(f"strength {amount:g}", _PICTURE, {_LORA: {"strength": amount}}) for amount in (0.0, 0.5, 1.0)),
 )
 
