@@ -46,7 +46,7 @@ def test_the_class_stays_what_it_was_and_the_subject_is_learned(tmp_path, subjec
     plain = Settings(
         "lora",
         str(tmp_path / "plain"),
-        steps=40,
+        steps=100,
         batch_size=4,
         models=Models(**weights),
         data=Data(
