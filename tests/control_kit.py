@@ -64,8 +64,9 @@ def write_world(folder):
     torch.manual_seed(0)
     stage_c, encoder = StageC(**STAGE_C), LatentEncoder(**ENCODER)
     loss = StageCLoss(settings(folder, "canny"), no_text(), WIDTHS["c_clip_img"])
-    train(list(stage_c.parameters()), lambda batch, draws: _stage_c_loss(stage_c, loss, batch, draws), 200, 4e-3)
-    train(list(encoder.parameters()), lambda batch, draws: _encoder_loss(encoder, batch), 60, 1e-2)
+    # Neither is trained to its end: a Stage C that is quite sure of itself takes many more steps to steer.
+    train(list(stage_c.parameters()), lambda batch, draws: _stage_c_loss(stage_c, loss, batch, draws), 200, 4e-3, 4e-3)
+    train(list(encoder.parameters()), lambda batch, draws: _encoder_loss(encoder, batch), 60, 1e-2, 1e-2)
     save(stage_c, folder / "stage_c.safetensors", stage="stage_c", config=STAGE_C)
     save(encoder, folder / "encoder.safetensors", stage="latent_encoder", config=ENCODER)
     vectors = torch.randn(2, 1, EMBEDDING, generator=torch.Generator().manual_seed(2))
@@ -90,14 +91,16 @@ def _encoder_loss(encoder, batch):
     return StepResult((encoded - batch["stage_c_latent"]).square().mean())
 
 
-def train(parameters, loss, steps, rate, first=0):
-    """The losses of `steps` steps of Adam; step n sees ``world(n)``."""
+def train(parameters, loss, steps, rate, last_rate=0.0):
+    """The losses of `steps` steps of Adam, its rate falling to `last_rate` along a cosine; step n sees ``world(n)``."""
     optimizer = torch.optim.Adam(parameters, lr=rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, last_rate)
     losses = []
-    for step in range(first, first + steps):
+    for step in range(steps):
         result = loss(world(step)[0], Draws(0, step, range(BATCH)))
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
+        falling.step()
         losses.append(result.loss.item())
     return losses

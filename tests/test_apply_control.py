@@ -158,6 +158,8 @@ def test_one_control_serves_a_batch_and_each_picture_its_own(stage_c, controlnet
         own = ControlInput("canny", controls.samples[index : index + 1], controls.size)
         alone = sampled(apply_control(stage_c, controlnets["canny"], own), seed=seed)
         near(both[index : index + 1], alone)
+        others = ControlInput("canny", controls.samples[1 - index : 2 - index], controls.size)
+        differ(alone, sampled(apply_control(stage_c, controlnets["canny"], others), seed=seed))
     shared = sampled(apply_control(stage_c, controlnets["canny"], canny_of()), batch=2)
     near(shared[1:], sampled(apply_control(stage_c, controlnets["canny"], canny_of()), seed=4))
 
