@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest_plugins = ["attachment_kit", "conditions", "editor", "graphs_kit", "host_kit"]
+# "conditions" first: what it sets must stand before another one imports torch.
+pytest_plugins = ["conditions", "attachment_kit", "editor", "graphs_kit", "host_kit"]
 
 TEXT_WIDTH, POOLED_WIDTH = 64, 32
 DEFAULTS_C = {"width": 128, "height": 96, "guidance": 3.0, "steps": 20, "shift": 1.5}
