@@ -113,14 +113,12 @@ def write_png(path: Path, picture: Image, texts: dict[str, str]) -> None:
 
 def _read(path: Path) -> Tensor:
     """A picture file as ``[3, H, W]`` float32, 0..1."""
-    import numpy as np
-    from PIL import Image, ImageOps
+    from .data.pictures import PictureError, as_tensor, read_picture
 
     try:
-        with Image.open(path) as picture:
-            values = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.float32) / 255
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with path.open("rb") as file:
+            return as_tensor(read_picture(file)).contiguous()
+    except (OSError, PictureError) as error:
         raise ValueError(
             f"`samples.pictures` names {path.name}, which cannot be read as a picture ({error}): choose another file."
         ) from error
-    return torch.from_numpy(values).permute(2, 0, 1).contiguous()

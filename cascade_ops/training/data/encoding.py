@@ -16,7 +16,7 @@ from .entries import Problem
 from .reader import PictureReader, Pool, caption_key, load_in_order, picture_key
 
 # Changes when pictures are prepared for the encoders in another way than before.
-_PREPARATION = 1
+_PREPARATION = 2
 _PICTURES, _CAPTIONS = 8, 32
 _LINES = 20  # of progress in all
 

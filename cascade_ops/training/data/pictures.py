@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .colour import as_srgb
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 # Pillow's own limit for what it calls a decompression bomb: half a gigabyte of RGB.
@@ -56,9 +58,10 @@ def picture_size(file: BinaryIO) -> tuple[int, int]:
 
 
 def read_picture(file: BinaryIO) -> Image.Image:
-    """The picture as RGB, 8 bits a channel, turned the way its EXIF orientation says.
+    """The picture as sRGB, 8 bits a channel, turned the way its EXIF orientation says.
 
-    Transparency is laid on white; of an animation the first frame counts; 16-bit greys keep their upper 8 bits.
+    Colours of a profile in the file are converted, see `as_srgb`. Transparency is laid on white; of an animation the
+    first frame counts; 16-bit greys keep their upper 8 bits.
 
     Raises:
         PictureError: not a picture, damaged, cut short, or of more than MAX_PIXELS.
@@ -67,7 +70,7 @@ def read_picture(file: BinaryIO) -> Image.Image:
         with Image.open(file) as image:
             _checked_size(image)
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return _as_rgb(as_srgb(ImageOps.exif_transpose(image)))
     except PictureError:
         raise
     except Exception as error:
