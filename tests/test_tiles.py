@@ -74,7 +74,7 @@ def test_the_published_reach():
 # Tiles -------------------------------------------------------------------------------------------------------------
 
 
-@given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), tile=st.integers(4, 1400), reach=st.integers(0, 20))
+@given(size=st.tuples(st.integers(1, 80), st.integers(1, 80)), tile=st.integers(4, 400), reach=st.integers(0, 20))
 def test_tiles_cover_every_cell_once(size, tile, reach):
     covered = torch.zeros(size, dtype=torch.int)
     found = list(tiles.tiles_of(size, tile, reach))
