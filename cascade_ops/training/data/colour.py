@@ -15,8 +15,8 @@ def as_srgb(image: Image.Image) -> Image.Image:
     """The picture in sRGB, RGB or RGBA, if it carries a profile of other colours; else the picture itself.
 
     Phones store Display P3 and cameras Adobe RGB: their numbers, taken for sRGB, show paler colours than the picture
-    has. A profile that is damaged or not made for the picture's channels is left out of account, as browsers do. What
-    sRGB cannot show becomes the nearest colour that it can (relative colorimetric intent).
+    has. A profile that is damaged or not made for the picture's channels is left out of account. What sRGB cannot show
+    becomes the nearest colour that it can (relative colorimetric intent).
     """
     source = _profile(image)
     if source is None:
