@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import randomised
+from conftest import normalised, randomised
 from nodes_kit import load, run
 
 from stable_cascade_nodes.cascade_ops import stages
 from stable_cascade_nodes.cascade_ops.checkpoints import save
+from stable_cascade_nodes.cascade_ops.control.start import calibrate_batch_norms
 from stable_cascade_nodes.cascade_ops.handles import load_stage
 from stable_cascade_nodes.cascade_ops.models import ControlNet, IPAdapter, LatentEncoder
 
@@ -33,25 +34,12 @@ def near(first, second, tolerance=1e-5):
     assert (first - second).abs().max() <= tolerance * second.abs().max()
 
 
-def seeing(module, network, channels):
-    """The module with statistics in its batch norms that fit noise; random weights alone fade to one answer for all."""
-    norms = [each for each in module.modules() if isinstance(each, torch.nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train().momentum = None  # the plain mean over what it sees
-    with torch.no_grad():
-        network(noise(8, 96, 96, channels).movedim(3, 1))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.eval().momentum = momentum
-    return module
-
-
 def saved_controlnet(path, kind, seed=20, scale=0.3, **changes):
     config = CONTROLNETS[kind] | {"c_proj": 64, "proj_blocks": [0, 2, 3]} | changes
     metadata = {"cascade.control": json.dumps({"kind": kind, "base": "custom"})}
     network = randomised(ControlNet(**config), seed, scale)
     if config["bottleneck_mode"] == "effnet":
-        network = seeing(network, network.backbone, config["c_in"])
+        calibrate_batch_norms(network)
     return save(network, path, stage="controlnet", config=config, metadata=metadata)
 
 
@@ -62,8 +50,8 @@ def saved_adapter(path, seed=30, **changes):
 
 def saved_latent_encoder(path, seed=40):
     config = {"c_latent": 16, **WIDTHS}
-    encoder = randomised(LatentEncoder(**config), seed)
-    return save(seeing(encoder, encoder, 3), path, stage="latent_encoder", config=config)
+    encoder = normalised(randomised(LatentEncoder(**config), seed))
+    return save(encoder, path, stage="latent_encoder", config=config)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,18 @@ def randomised(module, seed, scale=0.3):
     return module.eval()
 
 
+def normalised(encoder):
+    """Statistics of the batch norms fitted to noise: a random network as deep answers all pictures alike without."""
+    import torch
+
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        encoder.train()(torch.rand(16, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
+    return encoder.eval()
+
+
 def small_modules(seed=0):
     """Stage -> (module, constructor arguments) of a few thousand weights each."""
     import torch

@@ -42,11 +42,20 @@ def curve(gamma):
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
 
 
+def sampled_curve(points):
+    """sRGB's own curve by so many samples, between which programs draw lines."""
+    values = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in np.linspace(0, 1, points)
+    ]
+    return b"curv" + bytes(4) + struct.pack(f">I{points}H", points, *(round(value * 65535) for value in values))
+
+
 def rgb(columns, gamma, **more):
     tags = {
         key + b"XYZ": b"XYZ " + bytes(4) + s15(*column) for key, column in zip((b"r", b"g", b"b"), columns, strict=True)
     }
-    return profile(b"RGB ", tags | {key + b"TRC": curve(gamma) for key in (b"r", b"g", b"b")}, **more)
+    drawn = curve(gamma) if isinstance(gamma, float) else gamma
+    return profile(b"RGB ", tags | {key + b"TRC": drawn for key in (b"r", b"g", b"b")}, **more)
 
 
 def print_colours(lightness):
@@ -67,6 +76,11 @@ def encode(linear):
 
 
 LINEAR = rgb((RED, GREEN, BLUE), 1.0)
+
+
+def test_what_a_profile_is_called_says_nothing():
+    pixels = read(Image.new("RGB", (8, 8), (255, 0, 0)), rgb((GREEN, RED, BLUE), 1.0, name="sRGB of some camera"))
+    assert np.abs(pixels - (0, 255, 0)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
@@ -115,13 +129,14 @@ def test_print_colours_are_those_of_their_profile():
     "icc",
     [
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
-        rgb((GREEN, RED, BLUE), 1.0, name="sRGB of some camera"),
+        rgb((RED, GREEN, BLUE), sampled_curve(24)),
         b"not a profile",
         LINEAR[:200],
         profile(b"GRAY", {b"kTRC": curve(1.0)}),
+        print_colours(50),
         profile(b"RGB ", {}),
     ],
-    ids=["sRGB", "called sRGB", "noise", "cut short", "of greys", "empty"],
+    ids=["sRGB", "sRGB but for rounding", "noise", "cut short", "of greys", "of inks", "empty"],
 )
 def test_other_profiles_change_nothing(icc):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))

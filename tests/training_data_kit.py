@@ -75,7 +75,7 @@ def settings_for(folder, output, *, target="stage_c", models=None, prior=None, s
 def small_models(family, folder, seed=0):
     """Files of small random encoders beside those of the small family (`conftest`)."""
     import torch
-    from conftest import randomised
+    from conftest import normalised, randomised
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from stable_cascade_nodes.cascade_ops.checkpoints import save
@@ -95,25 +95,13 @@ def small_models(family, folder, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         modules = {
-            "latent_encoder": (_normalised(randomised(LatentEncoder(**latents), seed)), latents),
+            "latent_encoder": (normalised(randomised(LatentEncoder(**latents), seed)), latents),
             "image_encoder": (randomised(CLIPVisionModelWithProjection(CLIPVisionConfig(**vision)), seed + 1), vision),
         }
     paths = {stage: family.paths[stage] for stage in ("stage_a", "stage_c", "text_encoder")}
     for stage, (module, config) in modules.items():
         paths[stage] = save(module, folder / f"{stage}.safetensors", stage=stage, config=config)
     return Models(**{stage: str(path) for stage, path in paths.items()})
-
-
-def _normalised(encoder):
-    """Statistics fitted to random pictures, so that the latents of two pictures differ."""
-    import torch
-
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        encoder.train()(torch.rand(16, 3, 96, 96))
-    return encoder.eval()
 
 
 def same_batches(first, second, tolerance=0.0):

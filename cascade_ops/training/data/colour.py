@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 from PIL import Image, ImageCms
 
-# What may carry a profile of which kind of colours (ICC.1:2022, table 19), and the mode that its pixels are read in.
-_MODES = {"RGB ": ("RGB", "RGBA", "P"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}
-_ALPHA = ("RGBA", "LA")
+# How the pixels of each mode are read: without palette and transparency.
+_CHANNELS = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "L": "L", "LA": "L", "CMYK": "CMYK"}
+# Of 255: profiles of sRGB from different hands differ by their rounding.
+_ROUNDING = 2
 
 
 def as_srgb(image: Image.Image) -> Image.Image:
@@ -18,34 +20,34 @@ def as_srgb(image: Image.Image) -> Image.Image:
     has. A profile that is damaged or not made for the picture's channels is left out of account. What sRGB cannot show
     becomes the nearest colour that it can (relative colorimetric intent).
     """
-    source = _profile(image)
-    if source is None:
+    profile, channels = image.info.get("icc_profile"), _CHANNELS.get(image.mode)
+    transform = _to_srgb(profile, channels) if profile and channels else None
+    if transform is None:
         return image
-    pixels, alpha = image, None
-    if image.mode in _ALPHA or "transparency" in image.info:
-        pixels = image.convert("LA" if image.mode.startswith("L") else "RGBA")
-        alpha = pixels.getchannel("A")
-    if pixels.mode not in ("L", "CMYK"):
-        pixels = pixels.convert("L" if pixels.mode == "LA" else "RGB")
-    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-    try:
-        pixels = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB"), intent, outputMode="RGB")
-    except ImageCms.PyCMSError:
-        return image
+    alpha = None
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        image = image.convert("LA" if channels == "L" else "RGBA")
+        alpha = image.getchannel("A")
+    image = ImageCms.applyTransform(image.convert(channels), transform)
     if alpha is not None:
-        pixels.putalpha(alpha)
-    return pixels
+        image.putalpha(alpha)
+    return image
 
 
-def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """The picture's profile, if it says anything but sRGB about pixels of this mode."""
-    content = image.info.get("icc_profile")
-    if not content:
-        return None
+def _to_srgb(profile: bytes, channels: str) -> ImageCms.ImageCmsTransform | None:
+    """From the profile's colours to sRGB; None where the profile does not fit or changes nothing."""
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        name = ImageCms.getProfileDescription(profile)
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), channels, "RGB", intent)
     except (OSError, ImageCms.PyCMSError):
         return None
-    fits = image.mode in _MODES.get(profile.profile.xcolor_space, ())
-    return profile if fits and "sRGB" not in name else None
+    if channels == "CMYK":
+        return transform
+    steps = np.arange(0, 256, 15, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(len(steps), -1, 3)
+    probe = Image.fromarray(colours).convert(channels)
+    plain, seen = (
+        np.asarray(each, dtype=int) for each in (probe.convert("RGB"), ImageCms.applyTransform(probe, transform))
+    )
+    return transform if np.abs(plain - seen).max() > _ROUNDING else None
